@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Create .venv with the pinned versions, or reuse it while the pins are the same; compile DeepSpeed's CPU ops once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { echo "error: $1" >&2; exit 1; }
+
+python=${PYTHON:-python3.11}
+command -v "$python" >/dev/null || fail "$python is missing; install Python 3.11 or set PYTHON to it"
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); DeepSpeed compiles its CPU ops: install g++"
+
+pins=$(cat pyproject.toml launch/requirements.lock | sha256sum)
+if [ "$(cat .venv/.pins 2>/dev/null)" != "$pins" ]; then
+  echo "setup: installing into .venv (a few minutes)"
+  "$python" -m venv --clear .venv
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r launch/requirements.lock
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  echo "$pins" >.venv/.pins
+fi
+
+# On GPUs the ops that a config needs are compiled on first use.
+if ! command -v nvidia-smi >/dev/null && [ ! -f .venv/ops/complete ]; then
+  echo "setup: compiling DeepSpeed's CPU ops (a minute or two)"
+  PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/ops" DS_ACCELERATOR=cpu .venv/bin/python - <<'PY' >.venv/ops.log 2>&1 || fail "see .venv/ops.log"
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+
+for builder in (CPUAdamBuilder, ShareMemCommBuilder):
+    builder().load()
+PY
+  touch .venv/ops/complete
+fi

@@ -1,0 +1,99 @@
+"""Attach what trains: MiCA (A = 0, B from the cache, frozen), LoRA, or the whole model."""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from mica_ds.basis import Basis
+from mica_ds.checkpoint import read_tensors
+from mica_ds.config import AdapterSettings
+from mica_ds.errors import UserError
+from mica_ds.shards import linear_modules, weight_shape
+
+
+def target_modules(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.Module]:
+    """The modules that the adapter goes on, by name. Local.
+
+    Raises: UserError where a target matches no linear module, or r exceeds what MiCA can take from a weight.
+    """
+    linear = linear_modules(model)
+    if adapter.targets == "all-linear":
+        chosen = linear
+    else:
+        for target in adapter.targets:
+            if not any(_matches(name, target) for name in linear):
+                known = sorted({name.rpartition(".")[2] for name in linear})
+                raise UserError(
+                    f"adapter.targets: {target} matches no linear module; this model has {', '.join(known)}"
+                )
+        chosen = {name: module for name, module in linear.items() if any(_matches(name, t) for t in adapter.targets)}
+    for name, module in chosen.items():
+        limit = min(weight_shape(module))
+        if adapter.method == "mica" and adapter.r > limit:
+            raise UserError(
+                f"adapter.r={adapter.r} exceeds min(out, in)={limit} of {name}; lower it or leave {name} out"
+            )
+    return chosen
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    modules: dict[str, nn.Module],
+    adapter: AdapterSettings,
+    basis: Basis | None,
+) -> nn.Module:
+    """Return the model with its adapter: only A (MiCA), A and B (LoRA) or everything (full) trains. Local.
+
+    MiCA is peft's own variant, made without its SVD: with `low_cpu_mem_usage` the factors start on the meta device,
+    where peft (0.21) skips the decomposition, and are filled from the cache.
+    """
+    if adapter.method == "full":
+        return model.requires_grad_(True)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        target_modules=_peft_targets(model, modules),
+        init_lora_weights="mica" if basis else True,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in modules.values()),
+    )
+    # No cast of the factors to fp32: DeepSpeed keeps fp32 masters, and activations stay in the compute dtype.
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=basis is not None)
+    if basis is not None:
+        _fill(peft_model, modules, adapter.r, basis)
+    return peft_model.to(model.dtype)
+
+
+def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:
+    """Give a checkpoint's trained factors to a model with the same adapter, before DeepSpeed partitions it. Local."""
+    factors = {name.replace(".default.", "."): tensor for name, tensor in read_tensors(checkpoint).items()}
+    set_peft_model_state_dict(model, factors)
+    return model
+
+
+def lora_parameters(modules: dict[str, nn.Module], r: int) -> int:
+    """What LoRA would train on these modules: r (in + out) for each. Local."""
+    return sum(r * sum(weight_shape(module)) for module in modules.values())
+
+
+def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis) -> None:
+    factors = {}
+    for name, module in modules.items():
+        prefix = f"base_model.model.{name}"
+        factors[f"{prefix}.lora_A.weight"] = torch.zeros(r, weight_shape(module)[1])
+        factors[f"{prefix}.lora_B.weight"] = basis[name]
+    set_peft_model_state_dict(model, factors, low_cpu_mem_usage=True)
+
+
+def _peft_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    """The short names (`q_proj`, …), which servers expect, where they choose the same modules; else the full ones."""
+    short = sorted({name.rpartition(".")[2] for name in modules})
+    chosen = [name for name in linear_modules(model) if any(_matches(name, kind) for kind in short)]
+    return short if len(chosen) == len(modules) else sorted(modules)
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")

@@ -1,0 +1,68 @@
+"""The command line: `mica-ds VERB CONFIG.yaml [key=value …]`, under any launcher or alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mica_ds import comm
+from mica_ds.config import Config, load_config
+
+app = typer.Typer(
+    name="mica-ds",
+    help="Teach a base language model your documents: continued pretraining with MiCA adapters under DeepSpeed ZeRO-3.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG.yaml", help="The run's settings; see configs/."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's: adapter.r=32"),
+]
+
+
+def _run(verb: Callable[[Config], None], config: Path, overrides: list[str] | None) -> None:
+    def main() -> None:
+        with comm.failing_together():
+            settings = load_config(config, overrides)
+        verb(settings)
+
+    comm.run(main)
+
+
+@app.command()
+def basis(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Compute the minor bases of all target weights into the run folder's cache."""
+    from mica_ds import recipe
+
+    _run(recipe.basis, config, overrides)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run the whole chain: bases, training, evaluation before and after, export, tracking."""
+    from mica_ds import recipe
+
+    _run(recipe.train, config, overrides)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Score the run's newest checkpoint, or the base model where there is none."""
+    from mica_ds import recipe
+
+    _run(recipe.evaluate, config, overrides)
+
+
+@app.command()
+def export(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
+    from mica_ds import recipe
+
+    _run(recipe.export_checkpoint, config, overrides)

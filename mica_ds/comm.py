@@ -1,0 +1,196 @@
+"""Ranks, collectives, and failing together. The only user of `torch.distributed`.
+
+All collectives here run over gloo on host memory: they carry shards, fingerprints and results of evaluations, while
+DeepSpeed's own group (NCCL on GPUs) carries the training.
+"""
+
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from threadpoolctl import threadpool_limits
+
+from mica_ds.errors import UserError
+
+# A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. A peer that dies
+# closes its connections, which gloo reports at once.
+_PATIENCE = timedelta(days=30)
+_group: dist.ProcessGroup | None = None
+
+
+def start() -> None:
+    """Join the process group of the launcher, or become a group of one. Collective.
+
+    The rank comes from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun, accelerate) or from srun's variables.
+    """
+    global _group
+    _read_environment()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _quieten(int(os.environ["RANK"]))
+    import deepspeed
+
+    # Before TrainingArguments: else transformers' zero.Init sees a world of one (measured, 5.23.0).
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _share_cores()
+
+
+def _share_cores() -> None:
+    """Give each rank its part of the cores: two ranks with all cores each slow each other tenfold (measured).
+
+    Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone.
+    """
+    cores = frozenset(os.sched_getaffinity(0))
+    mine = (socket.gethostname(), cores)
+    threads = max(1, len(cores) // gather(mine).count(mine))
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)  # OpenBLAS in numpy and scipy
+
+
+def _read_environment() -> None:
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    slurm = {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+    }
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _quieten(rank: int) -> None:
+    """Rank 0 shows warnings, the others only errors; the libraries' banners are shown by none."""
+    import transformers
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING" if rank == 0 else "ERROR")
+    if rank != 0:
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+
+def rank() -> int:
+    """This process's rank; local."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """The number of ranks; local."""
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone speaks and writes what exists once; local."""
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print one line on rank 0; local."""
+    if is_main():
+        print(message, flush=True)
+
+
+def barrier() -> None:
+    """Wait for all ranks, however long they take. Collective."""
+    dist.barrier(group=_group)
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a CPU tensor over all ranks, in place. Collective; about 2 × its bytes a rank."""
+    dist.all_reduce(tensor, group=_group)
+    return tensor
+
+
+def gather(value: Any) -> list[Any]:
+    """A small picklable value of each rank, in the order of the ranks, on all ranks. Collective."""
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_group)
+    return values
+
+
+def send(tensor: torch.Tensor, to: int, tag: int) -> dist.Work | None:
+    """Start sending a contiguous CPU tensor, which must not change until the returned work is done. Local."""
+    return dist.isend(_as_bytes(tensor), to, group=_group, tag=tag)
+
+
+def receive(tensor: torch.Tensor, source: int, tag: int) -> dist.Work | None:
+    """Start receiving into a contiguous CPU tensor. Local."""
+    return dist.irecv(_as_bytes(tensor), source, group=_group, tag=tag)
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)  # gloo knows no bfloat16
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on all ranks what any rank raised inside, the lowest such rank's error. Collective at its end.
+
+    The body must be local: a collective inside it would wait for the rank that has failed.
+    Raises: UserError where a rank raised one; RuntimeError that names the rank otherwise.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    theirs = gather(None if error is None else (isinstance(error, UserError), str(error) or repr(error)))
+    first = next((rank for rank, failure in enumerate(theirs) if failure), None)
+    if first is None:
+        return
+    is_user_error, message = theirs[first]
+    if not is_user_error:
+        raise error or RuntimeError(f"rank {first} failed: {message}")
+    agreed = UserError(message)
+    agreed.agreed = True
+    raise agreed from None
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run `main` in the process group and exit; an error ends this rank at once, with a code that is not 0.
+
+    A user's mistake is one line and exit code 2; anything else is a traceback and exit code 1.
+    """
+    code = 0
+    try:
+        start()
+        main()
+        barrier()
+    except UserError as error:
+        code = 2
+        if not error.agreed or is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except BaseException:
+        code = 1
+        import traceback
+
+        print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: tearing down the groups waits for peers, which may have failed.
+    os._exit(code)

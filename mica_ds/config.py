@@ -1,0 +1,209 @@
+"""Typed settings: one YAML is one run; `key=value` overrides it; an unknown key is refused."""
+
+import difflib
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+
+from mica_ds.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    path: Path
+    """Folder of a transformers checkpoint in safetensors."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute dtype; the masters of what trains are fp32 in either case."""
+
+
+class AdapterSettings(Section):
+    method: Literal["mica", "lora", "full"] = "mica"
+    """MiCA, LoRA, or full fine-tuning of all parameters."""
+    subspace: Literal["minor", "principal", "random"] = "minor"
+    """Which left singular vectors MiCA's frozen B holds."""
+    r: PositiveInt = 16
+    """Rank of the adapter."""
+    alpha: PositiveInt = 16
+    """The adapter's output is scaled by alpha / r."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the adapted linear modules (`q_proj`, …), or all of them but the output head."""
+
+
+class DataSettings(Section):
+    corpus: list[Path] = Field(min_length=1)
+    """Files (.txt, .md, .jsonl with a `text` key) or folders of them: what the model shall learn."""
+    replay: list[Path] = []
+    """General text, mixed in against forgetting."""
+    replay_fraction: float = Field(default=0.25, ge=0, lt=1)
+    """Share of the training sequences that comes from `replay`, where there is any."""
+    sequence_length: int = Field(default=1024, ge=8)
+    """Tokens of a training sequence."""
+    global_batch: PositiveInt = 32
+    """Sequences a step over all ranks; gradient accumulation is derived from it."""
+
+
+class EvaluateSettings(Section):
+    questions: Path | None = None
+    """Multiple choice as jsonl: `question`, `options`, `answer` (an index)."""
+    retention: Path | None = None
+    """Held-out general text (.txt, .md or .jsonl) whose perplexity shows forgetting."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens that one rank evaluates at a time; their logits (× vocabulary × 4 bytes) must fit."""
+
+
+class TrackingSettings(Section):
+    uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow tracking URI."""
+    experiment: str = "mica_ds"
+    """Name of the MLflow experiment."""
+
+
+class Config(Section):
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
+    data: DataSettings
+    evaluate: EvaluateSettings = EvaluateSettings()
+    train: dict[str, Any] = {}
+    """transformers' `TrainingArguments`, passed through."""
+    deepspeed: Path = Path("configs/deepspeed/zero3.json")
+    """DeepSpeed's own JSON; ZeRO stage 3."""
+    tracking: TrackingSettings = TrackingSettings()
+    output_dir: Path
+    """The run folder."""
+
+
+# TrainingArguments that follow from our own keys; a second way to set them would let the two disagree.
+DERIVED_ARGUMENTS = {
+    "output_dir": "output_dir",
+    "deepspeed": "deepspeed",
+    "gradient_accumulation_steps": "data.global_batch",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "report_to": "tracking",
+    "use_cpu": "the machine",
+}
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values) and validate the whole.
+
+    Raises: UserError that names the file and the key.
+    """
+    settings = _read_yaml(path)
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"override {override!r} is not of the form key=value, as in adapter.r=32")
+        _set(settings, key, _parse_value(override, text))
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    arguments = _check_training_arguments(path, config.train)
+    _check_deepspeed(config.deepspeed)
+    return config.model_copy(update={"train": arguments})
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved settings as YAML that `load_config` reads back to the same."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def read_deepspeed(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON as a fresh dict, which transformers fills in (its `auto` values)."""
+    return json.loads(config.deepspeed.read_text())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"config {path} must hold keys and values, as the files in configs/ do")
+    return settings
+
+
+def _parse_value(override: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
+    *sections, key = dotted_key.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise UserError(f"override {dotted_key}={value!r}: {section} is a value, not a section")
+    settings[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence; for an unknown key with the nearest known one."""
+    problem = error.errors()[0]
+    where = [str(part) for part in problem["loc"][:2]]  # section and key; deeper parts are pydantic's own
+    key = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in where[:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key}{_nearest(where[-1], section.model_fields, where[:-1])}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+
+
+def _nearest(key: str, known: typing.Iterable[str], section: list[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*section, close[0]])}?"
+    return f"; known here: {', '.join(known)}"
+
+
+def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Check names and types against transformers' dataclass, whose own constructor checks neither."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = [name for name in TrainingArguments.__dataclass_fields__ if name not in DERIVED_ARGUMENTS]
+    checked = {}
+    for key, value in arguments.items():
+        if key in DERIVED_ARGUMENTS:
+            raise UserError(f"{path}: train.{key} follows from {DERIVED_ARGUMENTS[key]}; set that instead")
+        if key not in known:
+            raise UserError(f"{path}: unknown key train.{key}{_nearest(key, known, ['train'])}")
+        try:
+            checked[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise UserError(f"{path}: train.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
+    return checked
+
+
+def _check_deepspeed(path: Path) -> None:
+    try:
+        stage = json.loads(path.read_text())["zero_optimization"]["stage"]
+    except OSError as error:
+        raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"deepspeed: {path} is not JSON with zero_optimization.stage") from None
+    if stage != 3:
+        raise UserError(f"deepspeed: {path} asks for ZeRO stage {stage}; mica_ds works on the shards of stage 3")

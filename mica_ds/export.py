@@ -1,0 +1,77 @@
+"""A run's checkpoint in the formats that others load: a peft adapter, or after full fine-tuning a model folder."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from mica_ds.basis import load_basis
+from mica_ds.checkpoint import last_checkpoint, read_tensors, tensor_files
+from mica_ds.config import Config
+from mica_ds.errors import UserError
+from mica_ds.model import DTYPES, load_tokenizer
+
+
+def export(config: Config) -> Path:
+    """Export the newest checkpoint of a run folder, and return the folder it went to. Local, on one rank.
+
+    Whole or absent: it is written under another name first.
+    Raises: UserError where the checkpoint or a basis is missing.
+    """
+    checkpoint = last_checkpoint(config.output_dir / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
+    target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    if config.adapter.method == "full":
+        _write_model(config, checkpoint, partial)
+    else:
+        _write_adapter(config, checkpoint, partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    return target
+
+
+def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:
+    """peft's format, fp32: A from the checkpoint, MiCA's B from the cache, never from the model's rounded copy."""
+    factors = {name.replace(".default.", "."): tensor for name, tensor in read_tensors(checkpoint).items()}
+    modules = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
+    if config.adapter.method == "mica":
+        basis = load_basis(config.output_dir / "basis")
+        for module in modules:
+            factors[f"{module}.lora_B.weight"] = basis[module.removeprefix("base_model.model.")]
+    for module in modules:
+        if f"{module}.lora_B.weight" not in factors:
+            raise UserError(
+                f"{checkpoint} lacks lora_B of {module}; it was not written by method {config.adapter.method}"
+            )
+    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    description = PeftConfig.from_pretrained(str(checkpoint))
+    description.inference_mode = True
+    description.base_model_name_or_path = str(config.model.path.absolute())
+    description.save_pretrained(folder)
+
+
+def _write_model(config: Config, checkpoint: Path, folder: Path) -> None:
+    """transformers' format in the compute dtype, one file in memory at a time."""
+    dtype = DTYPES[config.model.dtype]
+    index: dict[str, str] = {}
+    files = tensor_files(checkpoint)
+    for file in files:
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file.name))
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
+        )
+    description = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
+    description.dtype = dtype
+    description.save_pretrained(folder)
+    load_tokenizer(config.model).save_pretrained(folder)

@@ -1,0 +1,138 @@
+"""The base model, partitioned from the start: each rank reads only its own slices of the checkpoint.
+
+transformers lets rank 0 read the whole checkpoint and broadcast it (5.23.0), so 140 GB pass through one rank's memory.
+Here rank p reads 1/P of the bytes, in parallel with the others, and no weight is sent at all.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.generic import ContextManagers
+
+from mica_ds import comm
+from mica_ds.config import ModelSettings
+from mica_ds.errors import UserError
+from mica_ds.shards import fill_partition, full_shape
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(settings: ModelSettings) -> PreTrainedModel:
+    """Build a causal language model under ZeRO-3 and fill its partitions from safetensors. Collective.
+
+    transformers' DeepSpeed settings must be alive (a TrainingArguments with `deepspeed`): zero.Init reads them.
+    Raises: UserError where the checkpoint is missing, truncated or incomplete.
+    """
+    with comm.failing_together():
+        sources = _open_checkpoint(settings.path)
+        config = _load_config(settings.path)
+    dtype = DTYPES[settings.dtype]
+    # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
+    with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    found = {name: _find(name, sources, model.base_model_prefix) for name in parameters}
+    stored = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if len(stored) < len(parameters):
+        # Stored under other names or in other shapes (the experts of some mixtures): transformers knows how.
+        return _load_through_transformers(settings, dtype)
+    with comm.failing_together():
+        for name, tensor in stored.items():
+            shape, expected = tuple(tensor.get_shape()), full_shape(parameters[name])
+            if shape != expected:
+                raise UserError(f"{settings.path}: {name} has shape {shape}, but config.json asks for {expected}")
+    for name, tensor in stored.items():
+        fill_partition(parameters[name], functools.partial(_read_flat, tensor))
+    for name, buffer in model.named_buffers():
+        if name in sources:
+            buffer.copy_(sources[name].get_tensor(name))
+    model.name_or_path = str(settings.path)
+    return model
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The checkpoint's own tokenizer. Local. Raises: UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(settings.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_first_line(error)}") from None
+
+
+def _load_config(path: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path}/config.json is not usable: {_first_line(error)}") from None
+
+
+def _open_checkpoint(path: Path) -> dict[str, Any]:
+    """The open safetensors file of each stored tensor. Opening checks each file's length against its header."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
+    index = path / "model.safetensors.index.json"
+    names = (
+        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    )
+    sources: dict[str, Any] = {}
+    for file in (path / name for name in names):
+        if not file.is_file():
+            raise UserError(f"model.path: {file} is missing; copy the checkpoint again")
+        try:
+            opened = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"model.path: {file} is truncated or damaged ({_first_line(error)}); copy it again"
+            ) from None
+        sources.update(dict.fromkeys(opened.keys(), opened))
+    return sources
+
+
+def _find(name: str, sources: dict[str, Any], prefix: str) -> Any | None:
+    """The stored slice of a parameter; checkpoints of the bare decoder lack the base model's prefix."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((sources[key].get_slice(key) for key in candidates if key in sources), None)
+
+
+def _read_flat(stored: Any, start: int, stop: int) -> torch.Tensor:
+    """Elements start to stop of a flattened stored tensor, reading only the rows that they touch."""
+    shape = stored.get_shape()
+    row = 1
+    for size in shape[1:]:
+        row *= size
+    first = start // row
+    rows = stored[first : -(-stop // row)]
+    return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+def _load_through_transformers(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        settings.path, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise UserError(
+            f"model.path: {settings.path} lacks {sorted(report['missing_keys'])[0]}; copy the checkpoint again"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters, partitioned or not. Local."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,204 @@
+"""The verbs, each from config to result in one screen."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mica_ds import comm, figures
+from mica_ds.adapter import (
+    attach_adapter,
+    lora_parameters,
+    restore_adapter,
+    target_modules,
+)
+from mica_ds.basis import Basis, build_basis
+from mica_ds.checkpoint import last_checkpoint, save_checkpoint
+from mica_ds.config import Config, save_config
+from mica_ds.data import build_dataset
+from mica_ds.errors import UserError
+from mica_ds.evaluate import Evaluator, Scores
+from mica_ds.export import export
+from mica_ds.model import count_parameters, load_model, load_tokenizer
+from mica_ds.report import peak_rss, print_summary, write_summary
+from mica_ds.tracking import Tracker
+from mica_ds.trainer import build_trainer, inference_engine, training_arguments
+
+
+def train(config: Config) -> None:
+    """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
+    folder = _open_run_folder(config)
+    args = training_arguments(config)
+    tokenizer = load_tokenizer(config.model)
+    dataset = build_dataset(config.data, tokenizer, args.seed)
+    evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
+    comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
+    with Tracker(config) as tracker:
+        model, loading_rss = _load(config)
+        modules = target_modules(model, config.adapter)
+        basis = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
+        model = attach_adapter(model, modules, config.adapter, basis)
+        trainable = count_parameters(model)
+        comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
+        trainer, run = build_trainer(model, args, dataset, evaluator, tracker)
+        final_loss = trainer.train().training_loss
+        after = evaluator.score(trainer.model_wrapped)
+        _save_probe(trainer.model_wrapped, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
+        save_checkpoint(model, folder / "checkpoints", trainer.state.global_step)
+        summary = {
+            **_scores(run.before, after),
+            "trainable_parameters": trainable,
+            "lora_trainable_parameters": lora_parameters(modules, config.adapter.r),
+            "basis_seconds": basis.seconds if basis else 0.0,
+            "train_seconds": run.seconds,
+            "tokens_per_second": trainer.state.global_step
+            * config.data.global_batch
+            * config.data.sequence_length
+            / run.seconds,
+            "final_loss": final_loss,
+            "peak_rss_bytes": comm.gather(peak_rss()),
+            "loading_rss_bytes": comm.gather(loading_rss),
+            "world_size": args.world_size,
+            "steps": trainer.state.global_step,
+        }
+        with comm.failing_together():
+            if comm.is_main():
+                exported = export(config)
+                comm.say(f"export: {exported}")
+                _record(config, summary, trainer.state.log_history, basis, exported, tracker)
+    print_summary(summary, config)
+
+
+def basis(config: Config) -> None:
+    """The bases alone, into the run folder's cache, from which `train` starts at once. Collective."""
+    if config.adapter.method != "mica":
+        raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
+    _open_run_folder(config)
+    args = training_arguments(config)
+    model, _ = _load(config)
+    _bases(config, target_modules(model, config.adapter), args.seed)
+
+
+def evaluate(config: Config) -> None:
+    """Score the newest checkpoint of the run folder, or the base model where there is none. Collective."""
+    folder = _open_run_folder(config)
+    if config.evaluate.questions is None and config.evaluate.retention is None:
+        raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
+    args = training_arguments(config)
+    evaluator = Evaluator(config.evaluate, load_tokenizer(config.model), config.data.sequence_length)
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    model: nn.Module
+    if checkpoint and config.adapter.method == "full":
+        model = load_model(config.model.model_copy(update={"path": folder / "model"}))
+    else:
+        model = load_model(config.model)
+        if checkpoint:
+            modules = target_modules(model, config.adapter)
+            bases = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
+            model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
+    scores = evaluator.score(inference_engine(model, args))
+    evaluated = {
+        "checkpoint": checkpoint.name if checkpoint else None,
+        **dataclasses.asdict(scores),
+    }
+    comm.say(json.dumps(evaluated))
+    if comm.is_main():
+        (folder / "evaluation.json").write_text(json.dumps(evaluated, indent=1))
+
+
+def export_checkpoint(config: Config) -> None:
+    """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
+    with comm.failing_together():
+        if comm.is_main():
+            comm.say(f"export: {export(config)}")
+
+
+def _open_run_folder(config: Config) -> Path:
+    """Make the run folder with the resolved config in it, and check on every rank that it can be written."""
+    folder = config.output_dir
+    with comm.failing_together():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{comm.rank()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+    if comm.is_main():
+        save_config(config, folder / "config.yaml")
+    return folder
+
+
+def _load(config: Config) -> tuple[Any, int]:
+    """The partitioned base, and by how much loading it raised this rank's peak memory (bytes)."""
+    started, before = time.perf_counter(), peak_rss()
+    model = load_model(config.model)
+    comm.say(
+        f"model: {config.model.path} partitioned over {comm.world_size()} ranks, {time.perf_counter() - started:.1f} s"
+    )
+    return model, peak_rss() - before
+
+
+def _bases(config: Config, modules: dict[str, nn.Module], seed: int) -> Basis:
+    found = build_basis(modules, config.adapter, seed, config.output_dir / "basis")
+    origin = f"{found.solved} solved" if found.solved else "all from the cache"
+    comm.say(f"bases: {len(modules)} matrices, r = {config.adapter.r}, {origin}, {found.seconds:.1f} s")
+    return found
+
+
+@torch.no_grad()
+def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
+    """Save a few token ids and the trained model's logits on them, against which a reload is checked. Collective."""
+    model.eval()
+    input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    if comm.is_main():
+        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
+
+
+def _scores(before: Scores, after: Scores) -> dict[str, float | None]:
+    return {
+        "knowledge_before": before.knowledge,
+        "knowledge_after": after.knowledge,
+        "retention_before": before.retention,
+        "retention_after": after.retention,
+    }
+
+
+def _record(
+    config: Config,
+    summary: dict[str, Any],
+    history: list[dict[str, float]],
+    basis: Basis | None,
+    exported: Path,
+    tracker: Tracker,
+) -> None:
+    """Write the summary and the plots, and log them with the rest of the run. Local, on rank 0."""
+    folder = config.output_dir
+    for file in (
+        folder / "config.yaml",
+        config.deepspeed,
+        write_summary(summary, folder),
+    ):
+        tracker.artifact(file)
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    figures.plot_loss(
+        [int(step) for step, _ in losses],
+        [loss for _, loss in losses],
+        folder / "loss.png",
+    )
+    tracker.artifact(folder / "loss.png")
+    if basis:
+        figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
+        tracker.artifact(folder / "spectrum.png")
+        tracker.artifact(basis.folder / "manifest.json", under="basis")
+    if config.adapter.method != "full":  # a whole model stays in the run folder
+        tracker.artifact(exported, under="adapter")
+    numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
+    ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
+    tracker.metrics({**numbers, **ranks}, step=summary["steps"])

@@ -1,0 +1,136 @@
+"""transformers' Trainer with our checkpoints, tracking and evaluation."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
+from transformers.integrations.deepspeed import deepspeed_init
+
+from mica_ds import comm
+from mica_ds.checkpoint import save_checkpoint
+from mica_ds.config import Config, read_deepspeed
+from mica_ds.errors import UserError
+from mica_ds.evaluate import Evaluator, Scores
+from mica_ds.tracking import Tracker
+
+
+def training_arguments(config: Config) -> TrainingArguments:
+    """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
+
+    Must be alive before the model is built: zero.Init takes its settings from here.
+    Raises: UserError where the ranks cannot divide the global batch, or transformers refuses a value.
+    """
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "lr_scheduler_type": "cosine",
+        **config.train,
+    }
+    micro, ranks = settings["per_device_train_batch_size"], comm.world_size()
+    accumulation, rest = divmod(config.data.global_batch, micro * ranks)
+    if rest or not accumulation:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch} is not divisible by "
+            f"{ranks} ranks × train.per_device_train_batch_size={micro}"
+        )
+    try:
+        return TrainingArguments(
+            **settings,
+            output_dir=str(config.output_dir / "checkpoints"),
+            gradient_accumulation_steps=accumulation,
+            deepspeed=read_deepspeed(config),
+            bf16=config.model.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            label_names=["labels"],
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
+
+
+class MicaTrainer(Trainer):
+    """Writes our checkpoints instead of DeepSpeed's, which hold the frozen base but not the frozen B.
+
+    `_save_checkpoint` is private, but no callback can replace it (transformers 5.23).
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save_checkpoint(self.model, Path(str(self.args.output_dir)), self.state.global_step)
+
+
+class RunCallback(TrainerCallback):
+    """Evaluates before the first step, logs to the tracker, and times the steps alone."""
+
+    def __init__(self, trainer: Trainer, evaluator: Evaluator, tracker: Tracker) -> None:
+        self._trainer, self._evaluator, self._tracker = trainer, evaluator, tracker
+        self.before = Scores(None, None)
+        self.seconds = 0.0
+        """Wall time of the steps, without evaluation."""
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        # The engine exists now, and an adapter adds nothing yet: this scores the base model.
+        self.before = self._evaluator.score(self._trainer.model_wrapped)
+        self._started = time.perf_counter()
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._tracker.metrics(logs or {}, step=state.global_step)
+
+
+def build_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    dataset: Dataset,
+    evaluator: Evaluator,
+    tracker: Tracker,
+) -> tuple[Trainer, RunCallback]:
+    """The Trainer for a model with its adapter, and the callback that holds what the run found. Local."""
+    trainer = MicaTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=default_data_collator,
+    )
+    callback = RunCallback(trainer, evaluator, tracker)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+def inference_engine(model: nn.Module, args: TrainingArguments) -> nn.Module:
+    """A DeepSpeed engine for forwards only: under ZeRO-3 it is what gathers the weights. Collective."""
+    trainer = Trainer(model=model, args=args)
+    deepspeed_init(trainer, num_training_steps=0, inference=True)
+    return trainer.accelerator.prepare(model)

@@ -1,0 +1,144 @@
+"""What several tests use: real models, tiny ones of each architecture, and programs started as users start them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "smollm2-135m"
+LAUNCH_LIMIT = 300  # seconds, after which a started program is killed and the test fails
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gpt2": {},
+}
+# Sizes that let the partitions of 3 and 4 ranks cut rows.
+SIZES = {"hidden_size": 40, "intermediate_size": 70, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPT2_SIZES = {"n_embd": 40, "n_layer": 2, "n_head": 4}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a started program left: the exit code and output of each of its processes."""
+
+    codes: list[int]
+    outputs: list[str]
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    if not SMOLLM2.is_dir():
+        pytest.skip("run `python launch/prepare_model.py` first: it makes the real model")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes a random two-layer checkpoint of an architecture, with the real model's tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            torch.manual_seed(0)
+            sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
+            config = transformers.AutoConfig.for_model(
+                architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
+            )
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model.save_pretrained(folder)
+            transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+            made[architecture] = folder
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture
+def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of a run that takes seconds; keyword arguments replace whole sections' keys."""
+
+    def write(architecture: str = "llama", **sections: Any) -> Path:
+        (tmp_path / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
+        questions = [
+            {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
+        ]
+        (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+        settings: dict[str, Any] = {
+            "model": {"path": str(tiny_model(architecture)), "dtype": "float32"},
+            "adapter": {"r": 4, "alpha": 8},
+            "data": {"corpus": [str(tmp_path / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
+            "evaluate": {"questions": str(tmp_path / "questions.jsonl"), "retention": str(tmp_path / "corpus.txt")},
+            "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+            "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
+            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for section, values in sections.items():
+            settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        return file
+
+    return write
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This environment with the interpreter's own programs on PATH, and the ops that setup.sh has compiled."""
+    binaries = Path(sys.executable).parent
+    ops = {"TORCH_EXTENSIONS_DIR": str(ROOT / ".venv/ops")} if (ROOT / ".venv/ops").is_dir() else {}
+    path = {"PATH": f"{binaries}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **ops, **path, **variables}
+
+
+def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
+    """Run one program to its end."""
+    return _finish([_popen(command, cwd, variables)])
+
+
+def start_ranks(ranks: int, arguments: list[str], **variables: str) -> Finished:
+    """Run `mica-ds` with these arguments as one process a rank, without a launcher that ends the others for it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    command = [sys.executable, "-m", "mica_ds", *arguments]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
+    return _finish(
+        [_popen(command, ROOT, {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}) for rank in range(ranks)]
+    )
+
+
+def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def _finish(processes: list[subprocess.Popen[str]]) -> Finished:
+    started = time.monotonic()
+    try:
+        outputs = [process.communicate(timeout=LAUNCH_LIMIT)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return Finished([process.wait() for process in processes], outputs, time.monotonic() - started)

@@ -1,0 +1,82 @@
+"""The whole chain on each kind of decoder and with each method: two ranks, export, reload by plain peft."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ..conftest import ROOT, TINY, start, start_ranks
+from .test_basis import assert_bases_match
+
+pytestmark = pytest.mark.dist
+
+METHODS = ["adapter.subspace=principal", "adapter.subspace=random", "adapter.method=lora", "adapter.method=full"]
+
+
+def assert_chain(config: Path, run: Path, *overrides: str) -> None:
+    """Train on two ranks; then a process without mica_ds reloads the export and finds training's logits."""
+    finished = start_ranks(2, ["train", str(config), *overrides])
+    assert finished.codes == [0, 0], finished.output
+    reloaded = start([sys.executable, "launch/reload_adapter.py", str(run)])
+    assert reloaded.codes == [0], reloaded.output
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 4
+    assert len(summary["peak_rss_bytes"]) == 2
+    assert summary["retention_after"] < summary["retention_before"]  # it is scored on the corpus itself here
+
+
+@pytest.mark.parametrize("architecture", TINY)
+def test_architecture(
+    architecture: str, tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert_chain(tiny_config(architecture), run)
+    weights = load_file(tiny_model(architecture) / "model.safetensors")
+    is_gpt2 = architecture == "gpt2"
+    assert_bases_match(run, weights, transposed=is_gpt2)
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    for name, tensor in adapter.items():
+        assert tensor.dtype == torch.float32
+        if name.endswith("lora_B.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            assert torch.equal(tensor, load_file(run / "basis" / f"{module}.safetensors")[module])
+            assert adapter[name.replace("lora_B", "lora_A")].abs().max() > 0
+
+
+@pytest.mark.parametrize("override", METHODS)
+def test_method(override: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert_chain(tiny_config(), tmp_path / "run", override)
+
+
+def test_bfloat16_with_checkpoints_and_gradient_checkpointing(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    options = ["train.gradient_checkpointing=true", "train.save_strategy=steps", "train.save_steps=2"]
+    assert_chain(tiny_config(), tmp_path / "run", "model.dtype=bfloat16", *options)
+    checkpoints = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step-000002", "step-000004"]
+
+
+def test_the_other_verbs_after_training(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config, run = tiny_config(), tmp_path / "run"
+    assert start_ranks(1, ["train", str(config)]).codes == [0]
+    summary = json.loads((run / "summary.json").read_text())
+    exported = load_file(run / "adapter" / "adapter_model.safetensors")
+    finished = start_ranks(3, ["evaluate", str(config), "data.global_batch=6"])
+    assert finished.codes == [0, 0, 0], finished.output
+    evaluated = json.loads((run / "evaluation.json").read_text())
+    assert evaluated["checkpoint"] == "step-000004"
+    assert evaluated["knowledge"] == summary["knowledge_after"]
+    assert evaluated["retention"] == pytest.approx(summary["retention_after"], rel=1e-4)
+    for file in (run / "adapter").iterdir():
+        file.unlink()
+    assert start_ranks(1, ["export", str(config)]).codes == [0]
+    again = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(exported[name], again[name]) for name in exported)
+
+
+def test_deepspeed_configs_run(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    finished = start_ranks(2, ["train", str(tiny_config()), f"deepspeed={ROOT}/configs/deepspeed/zero3.json"])
+    assert finished.codes == [0, 0], finished.output

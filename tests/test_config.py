@@ -1,0 +1,88 @@
+"""Settings: overrides, refusals with the nearest key, and every YAML and JSON that we ship."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from mica_ds.config import load_config, save_config
+from mica_ds.errors import UserError
+
+from .conftest import ROOT
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # as the README does: the shipped paths are relative
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_config_is_valid(file: Path) -> None:
+    config = load_config(file)
+    micro = config.train["per_device_train_batch_size"]
+    ranks = 2 if file.stem == "demonstration" else 8 if "8b" in file.stem else 16
+    assert config.data.global_batch % (micro * ranks) == 0
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda file: file.stem)
+def test_every_shipped_deepspeed_json_is_zero_3_for_deepspeed_itself(file: Path) -> None:
+    assert DeepSpeedZeroConfig(**json.loads(file.read_text())["zero_optimization"]).stage == 3
+
+
+def test_the_large_models_are_shipped() -> None:
+    names = {file.stem for file in SHIPPED}
+    assert names >= {"demonstration", "llama-3.1-8b", "llama-3.1-70b", "qwen2.5-72b"}
+
+
+def test_overrides_replace_the_files_values(tiny_config: Callable[..., Path]) -> None:
+    config = load_config(tiny_config(), ["adapter.r=2", "adapter.targets=[q_proj, v_proj]", "train.learning_rate=1e-4"])
+    assert config.adapter.r == 2
+    assert config.adapter.targets == ["q_proj", "v_proj"]
+    assert config.train["learning_rate"] == 1e-4
+
+
+def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(tiny_config(), ["adapter.r=2"])
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.xyz=3", "unknown key adapter.xyz; known here: method, subspace, r, alpha, targets"),
+        ("adapter.aplha=3", "unknown key adapter.aplha; did you mean adapter.alpha?"),
+        ("adaptor.r=3", "unknown key adaptor; did you mean adapter?"),
+        ("train.learning_rat=1", "unknown key train.learning_rat; did you mean train.learning_rate?"),
+        ("train.output_dir=x", "train.output_dir follows from output_dir; set that instead"),
+        ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
+        ("adapter.r=many", "adapter.r: input should be a valid integer"),
+        ("adapter.r=0", "adapter.r: input should be greater than 0"),
+        ("adapter.method=lore", "adapter.method: input should be 'mica', 'lora' or 'full'"),
+        ("data.corpus=[]", "data.corpus: list should have at least 1 item"),
+        ("adapter.r", "is not of the form key=value"),
+        ("deepspeed=missing.json", "missing.json cannot be read"),
+    ],
+)
+def test_a_mistake_is_named_with_its_key(tiny_config: Callable[..., Path], override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(tiny_config(), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: {path: x}\noutput_dir: y\n")
+    with pytest.raises(UserError, match="data is missing"):
+        load_config(file)
+
+
+def test_a_zero_stage_other_than_3_is_refused(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    with pytest.raises(UserError, match="stage 2"):
+        load_config(tiny_config(deepspeed=str(tmp_path / "zero2.json")))
