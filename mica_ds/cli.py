@@ -1,13 +1,12 @@
 """The command line: `mica-ds VERB CONFIG.yaml [key=value …]`, under any launcher or alone."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mica_ds import comm
-from mica_ds.config import Config, load_config
+from mica_ds.config import load_config
 
 app = typer.Typer(
     name="mica-ds",
@@ -27,11 +26,13 @@ Overrides = Annotated[
 ]
 
 
-def _run(verb: Callable[[Config], None], config: Path, overrides: list[str] | None) -> None:
+def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
     def main() -> None:
+        from mica_ds import recipe  # imports DeepSpeed, which wants to be started first
+
         with comm.failing_together():
             settings = load_config(config, overrides)
-        verb(settings)
+        getattr(recipe, verb)(settings)
 
     comm.run(main)
 
@@ -39,30 +40,22 @@ def _run(verb: Callable[[Config], None], config: Path, overrides: list[str] | No
 @app.command()
 def basis(config: ConfigFile, overrides: Overrides = None) -> None:
     """Compute the minor bases of all target weights into the run folder's cache."""
-    from mica_ds import recipe
-
-    _run(recipe.basis, config, overrides)
+    _run("basis", config, overrides)
 
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Run the whole chain: bases, training, evaluation before and after, export, tracking."""
-    from mica_ds import recipe
-
-    _run(recipe.train, config, overrides)
+    _run("train", config, overrides)
 
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     """Score the run's newest checkpoint, or the base model where there is none."""
-    from mica_ds import recipe
-
-    _run(recipe.evaluate, config, overrides)
+    _run("evaluate", config, overrides)
 
 
 @app.command()
 def export(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
-    from mica_ds import recipe
-
-    _run(recipe.export_checkpoint, config, overrides)
+    _run("export_checkpoint", config, overrides)

@@ -4,12 +4,14 @@ All collectives here run over gloo on host memory: they carry shards, fingerprin
 DeepSpeed's own group (NCCL on GPUs) carries the training.
 """
 
+import io
 import os
+import shutil
 import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any, NoReturn
 
@@ -34,15 +36,25 @@ def start() -> None:
     _read_environment()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+        require_compiler()  # DeepSpeed compiles its shared-memory collectives
     _quieten(int(os.environ["RANK"]))
     import deepspeed
 
     # Before TrainingArguments: else transformers' zero.Init sees a world of one (measured, 5.23.0).
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    # DeepSpeed (0.19.8) prints on every rank that it has built its op.
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _share_cores()
+
+
+def require_compiler() -> None:
+    """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"no C++ compiler ({compiler}) on {socket.gethostname()}; DeepSpeed compiles ops: install g++")
 
 
 def _share_cores() -> None:
@@ -87,6 +99,7 @@ def _quieten(rank: int) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING" if rank == 0 else "ERROR")
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
     if rank != 0:
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
@@ -146,6 +159,13 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)  # gloo knows no bfloat16
 
 
+def _is_speaker(error: UserError) -> bool:
+    """Rank 0 prints an error of all ranks; before the ranks have met, the first one of each node prints its own."""
+    if not dist.is_initialized():
+        return os.environ["LOCAL_RANK"] == "0"
+    return is_main() or not error.agreed
+
+
 @contextmanager
 def failing_together() -> Iterator[None]:
     """Raise on all ranks what any rank raised inside, the lowest such rank's error. Collective at its end.
@@ -182,7 +202,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         barrier()
     except UserError as error:
         code = 2
-        if not error.agreed or is_main():
+        if _is_speaker(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
     except BaseException:
         code = 1

@@ -16,7 +16,7 @@ from mica_ds.errors import UserError
 from mica_ds.model import DTYPES, load_tokenizer
 
 
-def export(config: Config) -> Path:
+def export_run(config: Config) -> Path:
     """Export the newest checkpoint of a run folder, and return the folder it went to. Local, on one rank.
 
     Whole or absent: it is written under another name first.
@@ -40,7 +40,7 @@ def export(config: Config) -> Path:
 
 def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:
     """peft's format, fp32: A from the checkpoint, MiCA's B from the cache, never from the model's rounded copy."""
-    factors = {name.replace(".default.", "."): tensor for name, tensor in read_tensors(checkpoint).items()}
+    factors = read_tensors(checkpoint)
     modules = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
     if config.adapter.method == "mica":
         basis = load_basis(config.output_dir / "basis")

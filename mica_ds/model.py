@@ -122,10 +122,11 @@ def _load_through_transformers(settings: ModelSettings, dtype: torch.dtype) -> P
         settings.path, dtype=dtype, local_files_only=True, output_loading_info=True
     )
     model, report = loaded
-    if report["missing_keys"]:
-        raise UserError(
-            f"model.path: {settings.path} lacks {sorted(report['missing_keys'])[0]}; copy the checkpoint again"
-        )
+    with comm.failing_together():
+        if report["missing_keys"]:
+            raise UserError(
+                f"model.path: {settings.path} lacks {sorted(report['missing_keys'])[0]}; copy the checkpoint again"
+            )
     return model
 
 

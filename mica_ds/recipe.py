@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainingArguments
 
 from mica_ds import comm, figures
 from mica_ds.adapter import (
@@ -33,14 +34,14 @@ from mica_ds.trainer import build_trainer, inference_engine, training_arguments
 def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
     folder = _open_run_folder(config)
-    args = training_arguments(config)
+    args = _arguments(config)
     tokenizer = load_tokenizer(config.model)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
     with Tracker(config) as tracker:
         model, loading_rss = _load(config)
-        modules = target_modules(model, config.adapter)
+        modules = _targets(config, model)
         basis = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
         model = attach_adapter(model, modules, config.adapter, basis)
         trainable = count_parameters(model)
@@ -79,9 +80,9 @@ def basis(config: Config) -> None:
     if config.adapter.method != "mica":
         raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
     _open_run_folder(config)
-    args = training_arguments(config)
+    args = _arguments(config)
     model, _ = _load(config)
-    _bases(config, target_modules(model, config.adapter), args.seed)
+    _bases(config, _targets(config, model), args.seed)
 
 
 def evaluate(config: Config) -> None:
@@ -89,7 +90,7 @@ def evaluate(config: Config) -> None:
     folder = _open_run_folder(config)
     if config.evaluate.questions is None and config.evaluate.retention is None:
         raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
-    args = training_arguments(config)
+    args = _arguments(config)
     evaluator = Evaluator(config.evaluate, load_tokenizer(config.model), config.data.sequence_length)
     checkpoint = last_checkpoint(folder / "checkpoints")
     model: nn.Module
@@ -98,7 +99,7 @@ def evaluate(config: Config) -> None:
     else:
         model = load_model(config.model)
         if checkpoint:
-            modules = target_modules(model, config.adapter)
+            modules = _targets(config, model)
             bases = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
             model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
     scores = evaluator.score(inference_engine(model, args))
@@ -132,6 +133,16 @@ def _open_run_folder(config: Config) -> Path:
     if comm.is_main():
         save_config(config, folder / "config.yaml")
     return folder
+
+
+def _arguments(config: Config) -> TrainingArguments:
+    with comm.failing_together():
+        return training_arguments(config)
+
+
+def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
+    with comm.failing_together():
+        return target_modules(model, config.adapter)
 
 
 def _load(config: Config) -> tuple[Any, int]:

@@ -38,6 +38,9 @@ def training_arguments(config: Config) -> TrainingArguments:
         "lr_scheduler_type": "cosine",
         **config.train,
     }
+    deepspeed = read_deepspeed(config)
+    if "offload_optimizer" in deepspeed["zero_optimization"]:
+        comm.require_compiler()
     micro, ranks = settings["per_device_train_batch_size"], comm.world_size()
     accumulation, rest = divmod(config.data.global_batch, micro * ranks)
     if rest or not accumulation:
@@ -50,7 +53,7 @@ def training_arguments(config: Config) -> TrainingArguments:
             **settings,
             output_dir=str(config.output_dir / "checkpoints"),
             gradient_accumulation_steps=accumulation,
-            deepspeed=read_deepspeed(config),
+            deepspeed=deepspeed,
             bf16=config.model.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             report_to=[],

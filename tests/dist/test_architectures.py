@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mica_ds.data import pack
 
 from ..conftest import ROOT, TINY, start, start_ranks
 from .test_basis import assert_bases_match
@@ -80,3 +83,25 @@ def test_the_other_verbs_after_training(tiny_config: Callable[..., Path], tmp_pa
 def test_deepspeed_configs_run(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     finished = start_ranks(2, ["train", str(tiny_config()), f"deepspeed={ROOT}/configs/deepspeed/zero3.json"])
     assert finished.codes == [0, 0], finished.output
+
+
+def test_the_first_loss_is_plain_pytorchs(
+    tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """One step over rows with several documents: the mean over all predicted tokens, documents apart."""
+    documents = [f"Press {i} stands in hall {i} of the plant.\n" for i in range(9)]
+    config = tiny_config()
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    corpus = f"data.corpus=[{tmp_path}/corpus.jsonl]"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    rows = pack([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents], 32, 2)
+    assert len(rows) == 4  # the global batch
+    finished = start_ranks(2, ["train", str(config), corpus, "train.max_steps=1"])
+    assert finished.codes == [0, 0], finished.output
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    with torch.no_grad():
+        # With a cache transformers ignores the position ids' restarts (5.23).
+        inputs = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+        loss = model(**inputs, use_cache=False).loss.item()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["final_loss"] == pytest.approx(loss, rel=1e-5)

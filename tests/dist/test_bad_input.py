@@ -1,0 +1,128 @@
+"""What a user can get wrong: one sentence, a code that is not 0 on every rank, within 30 s, and nothing half-written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..conftest import Finished, start_ranks
+
+pytestmark = pytest.mark.dist
+
+LIMIT = 30  # seconds
+
+
+def assert_refused(finished: Finished, *parts: str) -> None:
+    assert all(code != 0 for code in finished.codes), finished.output
+    errors = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, finished.output
+    for part in parts:
+        assert part in errors[0]
+    assert "Traceback" not in finished.output
+    assert finished.seconds < LIMIT
+
+
+def train(config: Path, *overrides: str, **variables: str) -> Finished:
+    return start_ranks(2, ["train", str(config), *overrides], **variables)
+
+
+@pytest.fixture
+def broken_model(tiny_model: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to be damaged."""
+    return Path(shutil.copytree(tiny_model("llama"), tmp_path / "broken"))
+
+
+def test_missing_model(tiny_config: Callable[..., Path], broken_model: Path) -> None:
+    (broken_model / "model.safetensors").unlink()
+    assert_refused(train(tiny_config(model={"path": str(broken_model)})), "model.safetensors is missing")
+
+
+def test_truncated_model(tiny_config: Callable[..., Path], broken_model: Path) -> None:
+    file = broken_model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert_refused(train(tiny_config(model={"path": str(broken_model)})), "model.safetensors is truncated or damaged")
+
+
+def test_incomplete_model(tiny_config: Callable[..., Path], broken_model: Path) -> None:
+    weights = load_file(broken_model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, broken_model / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(train(tiny_config(model={"path": str(broken_model)})), "lacks model.layers.1.mlp.up_proj.weight")
+
+
+def test_nan_in_a_weight(tiny_config: Callable[..., Path], broken_model: Path, tmp_path: Path) -> None:
+    weights = load_file(broken_model / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][-1, -1] = torch.nan  # in the last rank's slice
+    save_file(weights, broken_model / "model.safetensors", metadata={"format": "pt"})
+    finished = train(tiny_config(model={"path": str(broken_model)}))
+    assert_refused(finished, "model.layers.1.self_attn.k_proj holds NaN or Inf")
+    assert not (tmp_path / "run" / "basis").exists()
+
+
+def test_unknown_key(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert_refused(train(tiny_config(), "adapter.rang=3"), "unknown key adapter.rang")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_type(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert_refused(train(tiny_config(), "adapter.r=sixteen"), "adapter.r", "'sixteen'")
+    assert not (tmp_path / "run").exists()
+
+
+def test_r_too_large(tiny_config: Callable[..., Path]) -> None:
+    assert_refused(train(tiny_config(), "adapter.r=21"), "adapter.r=21 exceeds min(out, in)=20 of", "k_proj")
+
+
+def test_targets_that_match_nothing(tiny_config: Callable[..., Path]) -> None:
+    refused = train(tiny_config(), "adapter.targets=[q_proj, query]")
+    assert_refused(refused, "query matches no linear module", "q_proj")
+
+
+def test_empty_corpus(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config()
+    (tmp_path / "corpus.txt").write_text("  \n")
+    assert_refused(train(config), "data.corpus", "holds no text")
+
+
+def test_unreadable_corpus(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config()
+    (tmp_path / "corpus.txt").write_bytes(b"\xff\xfe\x00\xd8")
+    assert_refused(train(config), "corpus.txt is not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"question": "Who?", "options": ["Edda"], "answer": 0}, "two or more"),
+        ({"question": "Who?", "options": ["Edda", "Tor"]}, '"answer" must be the index'),
+    ],
+)
+def test_malformed_question(
+    question: dict[str, object], message: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config()
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+    assert_refused(train(config), "questions.jsonl, line 1", message)
+
+
+def test_output_folder_that_cannot_be_written(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(train(tiny_config(), f"output_dir={tmp_path}/file/run"), "output_dir", "cannot be written")
+
+
+def test_global_batch_that_the_ranks_cannot_divide(tiny_config: Callable[..., Path]) -> None:
+    assert_refused(train(tiny_config(), "data.global_batch=6"), "data.global_batch=6 is not divisible by 2 ranks")
+
+
+def test_no_compiler(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    refused = train(tiny_config(), CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path / "ops"))
+    assert_refused(refused, "no C++ compiler", "g++")
+
+
+def test_nothing_to_export(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert_refused(start_ranks(2, ["export", str(tiny_config())]), "holds no checkpoint to export")
+    assert not (tmp_path / "run").exists()

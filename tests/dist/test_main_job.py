@@ -1,0 +1,122 @@
+"""The main job itself, with fewer steps: launch/train.sh on the demonstration's config and the real model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from safetensors.torch import load_file
+
+from ..conftest import ROOT, Finished, start
+from .test_basis import assert_bases_match, manifest
+
+pytestmark = pytest.mark.dist
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("main")
+    return [f"train.max_steps={STEPS}", f"output_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+
+
+@pytest.fixture(scope="module")
+def job(smollm2: Path, overrides: list[str]) -> Finished:
+    """Runs once, for all the tests below."""
+    return start(["bash", "launch/train.sh", "configs/demonstration.yaml", *overrides], NUM_RANKS="2")
+
+
+@pytest.fixture(scope="module")
+def run(job: Finished, overrides: list[str]) -> Path:
+    assert job.codes == [0], job.output
+    return Path(overrides[1].removeprefix("output_dir="))
+
+
+@pytest.fixture(scope="module")
+def summary(run: Path) -> dict[str, Any]:
+    return json.loads((run / "summary.json").read_text())
+
+
+def test_every_basis_is_the_minor_subspace_of_the_stock_weight(run: Path, smollm2: Path) -> None:
+    assert_bases_match(run, load_file(smollm2 / "model.safetensors"))
+    found = manifest(run)
+    assert len(found["matrices"]) == 210
+    assert {record["owner"] for record in found["matrices"]} == {0, 1}
+    seconds = [sum(r["seconds"] for r in found["matrices"] if r["owner"] == owner) for owner in (0, 1)]
+    assert max(seconds) < found["seconds"] + 1  # each owner solved its own alone
+
+
+def test_the_adapter_is_complete_and_b_comes_from_the_cache(run: Path) -> None:
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert sum("lora_A" in name for name in adapter) == sum("lora_B" in name for name in adapter) == 210
+    for name, tensor in adapter.items():
+        module = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
+        if "lora_B" in name:
+            assert tensor.equal(load_file(run / "basis" / f"{module}.safetensors")[module])
+        else:
+            assert tensor.abs().max() > 0
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] == "mica"
+
+
+def test_plain_peft_reloads_it_to_the_same_logits(run: Path) -> None:
+    reloaded = start([sys.executable, "launch/reload_adapter.py", str(run)])
+    assert reloaded.codes == [0], reloaded.output
+
+
+def test_it_learns_and_forgets_little(summary: dict[str, Any], run: Path) -> None:
+    losses = _metric(run, "loss")
+    assert len(losses) == STEPS
+    assert sum(losses[-3:]) / 3 < 0.9 * sum(losses[:3]) / 3
+    assert summary["retention_after"] < 1.3 * summary["retention_before"]
+    assert 0.15 < summary["knowledge_before"] < 0.35  # chance is 25 %: the base model cannot know the handbook
+
+
+def test_the_summary_holds_every_figure(summary: dict[str, Any]) -> None:
+    assert summary["trainable_parameters"] / summary["lora_trainable_parameters"] == pytest.approx(0.49, abs=0.01)
+    assert summary["world_size"] == len(summary["peak_rss_bytes"]) == len(summary["loading_rss_bytes"]) == 2
+    assert summary["steps"] == STEPS
+    for key in ("basis_seconds", "train_seconds", "tokens_per_second", "final_loss"):
+        assert summary[key] > 0
+
+
+def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
+    client, found = _mlflow(run)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["adapter.r"] == "16"
+    assert found.data.metrics["knowledge_after"] == summary["knowledge_after"]
+    assert found.data.metrics["retention_before"] == summary["retention_before"]
+    top = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
+    assert top >= {"config.yaml", "summary.json", "loss.png", "spectrum.png", "basis", "adapter"}
+    adapter = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "adapter")}
+    assert "adapter/adapter_model.safetensors" in adapter
+
+
+def test_progress_is_shown_by_rank_0_alone(job: Finished, run: Path) -> None:
+    for line in ("bases: 210 matrices, r = 16, 210 solved", "knowledge (accuracy)", "mlflow server --backend-store-uri"):
+        assert job.output.count(line) == 1
+    for bar in ("bases: 100%", "evaluation: 100%", f"{STEPS}/{STEPS}"):
+        assert bar in job.output
+
+
+def test_a_second_run_reuses_the_cache_and_says_so(run: Path, overrides: list[str]) -> None:
+    command = ["deepspeed", "--no_local_rank", "--num_accelerators", "2", "--module", "mica_ds", "basis"]
+    again = start([*command, str(ROOT / "configs/demonstration.yaml"), *overrides])
+    assert again.codes == [0], again.output
+    assert "bases: 210 matrices, r = 16, all from the cache" in again.output
+
+
+def _mlflow(run: Path) -> tuple[mlflow.MlflowClient, mlflow.entities.Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("demonstration")
+    assert experiment is not None
+    (found,) = client.search_runs([experiment.experiment_id])
+    return client, found
+
+
+def _metric(run: Path, key: str) -> list[float]:
+    client, found = _mlflow(run)
+    return [entry.value for entry in client.get_metric_history(found.info.run_id, key)]
