@@ -69,8 +69,7 @@ def attach_adapter(
 
 def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:
     """Give a checkpoint's trained factors to a model with the same adapter, before DeepSpeed partitions it. Local."""
-    factors = {name.replace(".default.", "."): tensor for name, tensor in read_tensors(checkpoint).items()}
-    set_peft_model_state_dict(model, factors)
+    set_peft_model_state_dict(model, read_tensors(checkpoint))
     return model
 
 

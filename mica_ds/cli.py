@@ -58,4 +58,4 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 @app.command()
 def export(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
-    _run("export_checkpoint", config, overrides)
+    _run("export", config, overrides)

@@ -59,7 +59,6 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     for name, buffer in model.named_buffers():
         if name in sources:
             buffer.copy_(sources[name].get_tensor(name))
-    model.name_or_path = str(settings.path)
     return model
 
 

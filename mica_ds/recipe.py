@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import TrainingArguments
 
 from mica_ds import comm, figures
 from mica_ds.adapter import (
@@ -24,17 +23,18 @@ from mica_ds.config import Config, save_config
 from mica_ds.data import build_dataset
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
-from mica_ds.export import export
+from mica_ds.export import export_run
 from mica_ds.model import count_parameters, load_model, load_tokenizer
 from mica_ds.report import peak_rss, print_summary, write_summary
 from mica_ds.tracking import Tracker
-from mica_ds.trainer import build_trainer, inference_engine, training_arguments
+from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, training_arguments
 
 
 def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
     folder = _open_run_folder(config)
-    args = _arguments(config)
+    with comm.failing_together():
+        args = training_arguments(config, accumulation_steps(config))
     tokenizer = load_tokenizer(config.model)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                exported = export(config)
+                exported = export_run(config)
                 comm.say(f"export: {exported}")
                 _record(config, summary, trainer.state.log_history, basis, exported, tracker)
     print_summary(summary, config)
@@ -80,7 +80,7 @@ def basis(config: Config) -> None:
     if config.adapter.method != "mica":
         raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
     _open_run_folder(config)
-    args = _arguments(config)
+    args = training_arguments(config)
     model, _ = _load(config)
     _bases(config, _targets(config, model), args.seed)
 
@@ -90,7 +90,7 @@ def evaluate(config: Config) -> None:
     folder = _open_run_folder(config)
     if config.evaluate.questions is None and config.evaluate.retention is None:
         raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
-    args = _arguments(config)
+    args = training_arguments(config)
     evaluator = Evaluator(config.evaluate, load_tokenizer(config.model), config.data.sequence_length)
     checkpoint = last_checkpoint(folder / "checkpoints")
     model: nn.Module
@@ -112,11 +112,11 @@ def evaluate(config: Config) -> None:
         (folder / "evaluation.json").write_text(json.dumps(evaluated, indent=1))
 
 
-def export_checkpoint(config: Config) -> None:
+def export(config: Config) -> None:
     """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
     with comm.failing_together():
         if comm.is_main():
-            comm.say(f"export: {export(config)}")
+            comm.say(f"export: {export_run(config)}")
 
 
 def _open_run_folder(config: Config) -> Path:
@@ -133,11 +133,6 @@ def _open_run_folder(config: Config) -> Path:
     if comm.is_main():
         save_config(config, folder / "config.yaml")
     return folder
-
-
-def _arguments(config: Config) -> TrainingArguments:
-    with comm.failing_together():
-        return training_arguments(config)
 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:

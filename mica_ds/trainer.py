@@ -25,32 +25,33 @@ from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.tracking import Tracker
 
 
-def training_arguments(config: Config) -> TrainingArguments:
-    """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches that each rank adds up for one step of the global batch. Local, after `comm.start`.
 
-    Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where the ranks cannot divide the global batch, or transformers refuses a value.
+    Raises: UserError where the ranks cannot divide the global batch.
     """
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "lr_scheduler_type": "cosine",
-        **config.train,
-    }
-    deepspeed = read_deepspeed(config)
-    if "offload_optimizer" in deepspeed["zero_optimization"]:
-        comm.require_compiler()
-    micro, ranks = settings["per_device_train_batch_size"], comm.world_size()
-    accumulation, rest = divmod(config.data.global_batch, micro * ranks)
-    if rest or not accumulation:
+    micro, ranks = _arguments(config)["per_device_train_batch_size"], comm.world_size()
+    steps, rest = divmod(config.data.global_batch, micro * ranks)
+    if rest or not steps:
         raise UserError(
             f"data.global_batch={config.data.global_batch} is not divisible by "
             f"{ranks} ranks × train.per_device_train_batch_size={micro}"
         )
+    return steps
+
+
+def training_arguments(config: Config, accumulation: int = 1) -> TrainingArguments:
+    """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
+
+    Must be alive before the model is built: zero.Init takes its settings from here.
+    Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
+    """
+    deepspeed = read_deepspeed(config)
+    if "offload_optimizer" in deepspeed["zero_optimization"]:
+        comm.require_compiler()
     try:
         return TrainingArguments(
-            **settings,
+            **_arguments(config),
             output_dir=str(config.output_dir / "checkpoints"),
             gradient_accumulation_steps=accumulation,
             deepspeed=deepspeed,
@@ -61,6 +62,17 @@ def training_arguments(config: Config) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """The config's `train:` over our own defaults."""
+    return {
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "lr_scheduler_type": "cosine",
+        **config.train,
+    }
 
 
 class MicaTrainer(Trainer):

@@ -67,7 +67,7 @@ def test_the_other_verbs_after_training(tiny_config: Callable[..., Path], tmp_pa
     assert start_ranks(1, ["train", str(config)]).codes == [0]
     summary = json.loads((run / "summary.json").read_text())
     exported = load_file(run / "adapter" / "adapter_model.safetensors")
-    finished = start_ranks(3, ["evaluate", str(config), "data.global_batch=6"])
+    finished = start_ranks(3, ["evaluate", str(config)])
     assert finished.codes == [0, 0, 0], finished.output
     evaluated = json.loads((run / "evaluation.json").read_text())
     assert evaluated["checkpoint"] == "step-000004"
