@@ -41,7 +41,7 @@ def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """`model.layers.15.self_attn.q_proj` as `15 q_proj`."""
+    """`model.layers.15.self_attn.q_proj` as `layer 15 q_proj`."""
     parts = name.split(".")
-    layer = next((part for part in parts if part.isdigit()), "")
-    return f"{layer} {parts[-1]}".strip()
+    layer = next((f"layer {part} " for part in parts if part.isdigit()), "")
+    return f"{layer}{parts[-1]}"

@@ -1,0 +1,107 @@
+"""`mica-ds` runs alike under every launcher and alone, and in the SLURM job that the repository ships."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mica_ds.cli import app
+
+from ..conftest import LAUNCH_LIMIT, ROOT, Finished, start
+from ..slurm import cluster, free_ports, obstacle, wait_until
+from .test_basis import manifest
+
+pytestmark = pytest.mark.dist
+
+LAUNCHERS = {
+    "alone": "mica-ds",
+    "deepspeed": "deepspeed --no_local_rank --num_accelerators 2 --master_port {port} --module mica_ds",
+    "torchrun": "torchrun --nproc-per-node 2 --master-port {port} -m mica_ds",
+    # accelerate (1.15.0) starts one process with --cpu, whatever --num_processes says; --multi_gpu needs no GPUs.
+    "accelerate": "accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    " --dynamo_backend no --main_process_port {port} --module mica_ds",
+    "srun": "srun --nodes=2 --ntasks=2 python -m mica_ds",
+}
+PURPOSES = {"": app.info.help, **{verb.callback.__name__: verb.callback.__doc__ for verb in app.registered_commands}}
+Launch = Callable[..., Finished]
+
+
+def under(*launchers: str) -> pytest.MarkDecorator:
+    """One test a launcher; those under srun need SLURM."""
+    marks = {"srun": pytest.mark.slurm}
+    return pytest.mark.parametrize("launcher", [pytest.param(name, marks=marks.get(name, ())) for name in launchers])
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables with which SLURM's programs find a running cluster."""
+    if reason := obstacle():
+        pytest.skip(reason)
+    with cluster(tmp_path_factory.mktemp("slurm")) as variables:
+        yield variables
+
+
+@pytest.fixture
+def launch(request: pytest.FixtureRequest) -> Launch:
+    """Runs `mica-ds` under a launcher."""
+
+    def run(launcher: str, *arguments: str) -> Finished:
+        [port] = free_ports(1)
+        variables: dict[str, str] = {}
+        if launcher == "srun":
+            variables = {"MASTER_ADDR": "n1", "MASTER_PORT": str(port), **request.getfixturevalue("slurm")}
+        return start([*LAUNCHERS[launcher].format(port=port).split(), *arguments], **variables)
+
+    return run
+
+
+@under(*LAUNCHERS)
+def test_bases_under(launcher: str, launch: Launch, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    finished = launch(launcher, "basis", str(tiny_config()))
+    assert finished.codes == [0], finished.output
+    assert finished.output.count("14 matrices, r = 4, 14 solved") == 1  # rank 0 alone speaks
+    assert manifest(tmp_path / "run")["world_size"] == (1 if launcher == "alone" else 2)
+
+
+@under("deepspeed", "srun")
+def test_failing_ranks_fail_the_launcher(launcher: str, launch: Launch, tiny_config: Callable[..., Path]) -> None:
+    finished = launch(launcher, "basis", str(tiny_config()), "adapter.rang=3")
+    assert finished.codes != [0]
+    assert finished.output.count("unknown key adapter.rang") == 1, finished.output
+
+
+@pytest.mark.slurm
+def test_sbatch_trains_to_the_end(slurm: dict[str, str], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the job runs .venv's Python")
+    options = ["--parsable", f"--output={tmp_path}/job.log", "--nodes=2", "--ntasks-per-node=1"]
+    submitted = start(["sbatch", *options, "slurm/train.sbatch", str(tiny_config()), "adapter.r=3"], **slurm)
+    job = submitted.output.strip()
+    assert job.isdigit(), submitted.output
+    logs = ROOT / "runs" / "slurm" / job
+
+    def state() -> str:
+        return start(["scontrol", "--oneliner", "show", "job", job], **slurm).output.split("JobState=")[1].split()[0]
+
+    try:
+        # Not sbatch --wait, which looks ever more rarely (22.05: after 2, 6, 12, 20, 30 seconds).
+        wait_until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), logs, LAUNCH_LIMIT)
+        outputs = {log.name: log.read_text() for log in (tmp_path / "job.log", *logs.glob("*"))}
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+    assert state() == "COMPLETED", outputs
+    host = socket.gethostname().split(".")[0]  # both nodes'
+    assert outputs.keys() == {"job.log", f"0-{host}.log", f"1-{host}.log"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
+    assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
+
+
+@pytest.mark.parametrize("verb", PURPOSES)
+def test_help_names_the_purpose(verb: str) -> None:
+    finished = start(["mica-ds", *verb.split(), "--help"])
+    assert finished.codes == [0], finished.output
+    assert PURPOSES[verb] in " ".join(finished.output.split())
