@@ -75,6 +75,8 @@ class Evaluator:
         Every rank runs the same number of batches, since a ZeRO-3 forward is collective: where the batches do not
         divide, some ranks repeat one, and the repetition is dropped.
         """
+        if not sequences:
+            return []
         batches = _batches([len(sequence.ids) for sequence in sequences], self._batch_tokens)
         ranks = comm.world_size()
         rounds = -(-len(batches) // ranks)
