@@ -60,12 +60,13 @@ def require_compiler() -> None:
 def _share_cores() -> None:
     """Give each rank its part of the cores: two ranks with all cores each slow each other tenfold (measured).
 
-    Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone.
+    Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone;
+    but not torchrun's, which is 1 whatever the machine (accelerate's launcher is torchrun, too).
     """
     cores = frozenset(os.sched_getaffinity(0))
     mine = (socket.gethostname(), cores)
     threads = max(1, len(cores) // gather(mine).count(mine))
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
         torch.set_num_threads(threads)
         threadpool_limits(threads)  # OpenBLAS in numpy and scipy
@@ -85,6 +86,8 @@ def _read_environment() -> None:
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"{os.environ['WORLD_SIZE']} ranks, but no MASTER_ADDR and MASTER_PORT to meet at; export both")
 
 
 def _free_port() -> int:

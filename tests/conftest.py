@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,13 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, **ops, **path, **variables}
 
 
+def free_ports(number: int) -> list[int]:
+    """Ports that nothing listens on, all different."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
 def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
     """Run one program to its end."""
     return _finish([_popen(command, cwd, variables)])
@@ -118,9 +127,7 @@ def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
 
 def start_ranks(ranks: int, arguments: list[str], **variables: str) -> Finished:
     """Run `mica-ds` with these arguments as one process a rank, without a launcher that ends the others for it."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_ports(1)[0])
     command = [sys.executable, "-m", "mica_ds", *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
     return _finish(
@@ -130,7 +137,13 @@ def start_ranks(ranks: int, arguments: list[str], **variables: str) -> Finished:
 
 def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command, cwd=cwd, env=environment(**variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a launcher's ranks can be ended with it
     )
 
 
@@ -140,5 +153,6 @@ def _finish(processes: list[subprocess.Popen[str]]) -> Finished:
         outputs = [process.communicate(timeout=LAUNCH_LIMIT)[0] for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return Finished([process.wait() for process in processes], outputs, time.monotonic() - started)

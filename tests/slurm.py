@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .conftest import environment, start
+from .conftest import environment, free_ports, start
 
 # Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's.
 CONFIG = """
@@ -32,13 +32,6 @@ NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=main Nodes=n1,n2 Default=YES
 """
 DAEMONS = {"slurmctld": ["slurmctld", "-D"], **{node: ["slurmd", "-D", "-N", node] for node in ("n1", "n2")}}
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 def obstacle() -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conftest import Finished, start_ranks
+from ..conftest import Finished, start, start_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -126,3 +127,10 @@ def test_no_compiler(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
 def test_nothing_to_export(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     assert_refused(start_ranks(2, ["export", str(tiny_config())]), "holds no checkpoint to export")
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_cannot_meet(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    command = [sys.executable, "-m", "mica_ds", "train", str(tiny_config())]
+    finished = start(command, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
+    assert_refused(finished, "no MASTER_ADDR and MASTER_PORT")

@@ -10,8 +10,8 @@ import pytest
 
 from mica_ds.cli import app
 
-from ..conftest import LAUNCH_LIMIT, ROOT, Finished, start
-from ..slurm import cluster, free_ports, obstacle, wait_until
+from ..conftest import LAUNCH_LIMIT, ROOT, Finished, free_ports, start
+from ..slurm import cluster, obstacle, wait_until
 from .test_basis import manifest
 
 pytestmark = pytest.mark.dist
