@@ -29,7 +29,9 @@ def main(run: Path) -> int:
         trained = AutoModelForCausalLM.from_pretrained(run / "model", dtype=getattr(torch, name))
     else:
         # low_cpu_mem_usage: peft fills the factors from the file instead of decomposing every weight again.
-        trained = PeftModel.from_pretrained(base, run / "adapter", low_cpu_mem_usage=True).to(base.dtype)
+        trained = PeftModel.from_pretrained(base, run / "adapter", low_cpu_mem_usage=True)
+        for parameter in trained.parameters():
+            parameter.data = parameter.data.to(base.dtype)  # as in training; the buffers of RoPE stay fp32
     reloaded = logits(trained, probe["input_ids"])
     size = probe["logits"].abs().max().item()
     error = (reloaded - probe["logits"]).abs().max().item() / size

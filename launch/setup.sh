@@ -9,6 +9,12 @@ python=${PYTHON:-python3.11}
 command -v "$python" >/dev/null || fail "$python is missing; install Python 3.11 or set PYTHON to it"
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler (${CXX:-c++}); DeepSpeed compiles its CPU ops: install g++"
 
+"$python" - <<'PY' || fail "$python cannot make environments or compile extensions; install python3.11-venv and python3.11-dev"
+import ensurepip, os, sys, sysconfig, venv
+
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
+PY
+
 pins=$(cat pyproject.toml launch/requirements.lock | sha256sum)
 if [ "$(cat .venv/.pins 2>/dev/null)" != "$pins" ]; then
   echo "setup: installing into .venv (a few minutes)"

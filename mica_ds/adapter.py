@@ -1,6 +1,7 @@
 """Attach what trains: MiCA (A = 0, B from the cache, frozen), LoRA, or the whole model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -30,6 +31,8 @@ def target_modules(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.M
                     f"adapter.targets: {target} matches no linear module; this model has {', '.join(known)}"
                 )
         chosen = {name: module for name, module in linear.items() if any(_matches(name, t) for t in adapter.targets)}
+    if not chosen:
+        raise UserError("adapter.targets chooses no linear module of this model")
     for name, module in chosen.items():
         limit = min(weight_shape(module))
         if adapter.method == "mica" and adapter.r > limit:
@@ -64,7 +67,17 @@ def attach_adapter(
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=basis is not None)
     if basis is not None:
         _fill(peft_model, modules, adapter.r, basis)
-    return peft_model.to(model.dtype)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad or basis is not None:
+            parameter.data = parameter.data.to(model.dtype)  # not `.to(model)`: it would round RoPE's fp32 buffers
+    return peft_model
+
+
+def origin(adapter: AdapterSettings, basis: Basis | None) -> dict[str, Any]:
+    """What a checkpoint of this adapter belongs to. Local."""
+    if basis is None:
+        return {"method": adapter.method, **({"r": adapter.r} if adapter.method == "lora" else {})}
+    return {"method": adapter.method, "r": adapter.r, **{k: basis.manifest[k] for k in ("subspace", "fingerprint")}}
 
 
 def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:

@@ -52,31 +52,20 @@ def build_basis(modules: dict[str, nn.Module], adapter: AdapterSettings, seed: i
         seed: draws the random subspace; unused for the others.
         folder: the cache, on storage that all ranks share.
 
-    Raises: UserError where a weight holds NaN or Inf, or the cache was made from other weights.
+    Raises: UserError where the cache was made from other weights.
     """
     start = time.perf_counter()
     shards = [read_shard(name, module) for name, module in modules.items()]
     fingerprints = _fingerprints(shards)
     with comm.failing_together():
-        _refuse_not_finite(shards)
-    with comm.failing_together():
         missing = _missing(shards, fingerprints, adapter, seed, folder)
     if missing:
-        _solve(
-            missing,
-            fingerprints,
-            adapter,
-            seed,
-            folder,
-            done=len(shards) - len(missing),
-        )
+        _solve(missing, shards, fingerprints, adapter, seed, folder)
     with comm.failing_together():
-        records = [_read_record(folder, shard.name) for shard in shards]
-        if any(record is None for record in records):
-            raise UserError(f"{folder} is not the same folder on all ranks; output_dir must be on shared storage")
+        records = [_await_record(folder, shard.name) for shard in shards]
     seconds = time.perf_counter() - start
     manifest_file = folder / "manifest.json"
-    if comm.is_main() and (missing or not manifest_file.is_file()):
+    if comm.is_main() and (missing or not _is_of(manifest_file, records)):
         _write_manifest(manifest_file, records, adapter, seconds)
     comm.barrier()
     return Basis(folder, json.loads(manifest_file.read_text()), len(missing), seconds)
@@ -93,19 +82,19 @@ def load_basis(folder: Path) -> Basis:
 
 def _solve(
     shards: list[Shard],
+    all_shards: list[Shard],
     fingerprints: dict[str, str],
     adapter: AdapterSettings,
     seed: int,
     folder: Path,
-    done: int,
 ) -> None:
     """Solve the given matrices, each at its owner, and write them to the cache. Collective."""
     folder.mkdir(parents=True, exist_ok=True)
     owners = assign_owners([shard.shape for shard in shards], comm.world_size())
-    pictured = _middle_of_each_kind([shard.name for shard in shards])
+    pictured = _middle_of_each_kind([shard.name for shard in all_shards])
     bar = tqdm(
-        total=done + len(shards),
-        initial=done,
+        total=len(all_shards),
+        initial=len(all_shards) - len(shards),
         desc="bases",
         unit="matrix",
         disable=not comm.is_main(),
@@ -139,7 +128,7 @@ def _solve(
 def _fingerprints(shards: list[Shard]) -> dict[str, str]:
     """A fingerprint of each whole matrix, the same for every cut and number of ranks. Collective.
 
-    A sum over the elements of a mix of their bits and their place (splitmix64's finaliser): the slices' sums add up.
+    A sum over the elements of a mix of their bits and their place, after splitmix64: the slices' sums add up.
     """
     sums = torch.stack([_mixed_sum(shard.values, shard.bounds[comm.rank()]) for shard in shards])
     comm.sum_(sums)
@@ -160,12 +149,6 @@ def _mixed_sum(values: torch.Tensor, start: int, chunk: int = 1 << 16) -> torch.
         mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
         total += mixed.sum()
     return total
-
-
-def _refuse_not_finite(shards: list[Shard]) -> None:
-    for shard in shards:
-        if len(shard.values) and not torch.isfinite(shard.values.sum()) and not shard.values.isfinite().all():
-            raise UserError(f"the weight of {shard.name} holds NaN or Inf; the checkpoint is damaged")
 
 
 def _missing(
@@ -212,6 +195,16 @@ def _write(folder: Path, name: str, B_MR: torch.Tensor, record: dict[str, Any]) 
     os.replace(partial, file)
 
 
+def _await_record(folder: Path, name: str, limit: float = 90) -> dict[str, Any]:
+    """The record that an owner has written; a network file system may show it to other nodes only after a minute."""
+    deadline = time.monotonic() + limit
+    while (record := _read_record(folder, name)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder} is not the same folder on all ranks; output_dir must be on shared storage")
+        time.sleep(1)
+    return record
+
+
 def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
     file = _file(folder, name)
     if not file.is_file():
@@ -221,6 +214,11 @@ def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
             return json.loads(stored.metadata()["record"])
     except (SafetensorError, TypeError, KeyError, ValueError):
         raise UserError(f"{file} is damaged; delete it, and the next run solves it again") from None
+
+
+def _is_of(manifest_file: Path, records: list[Any]) -> bool:
+    """Whether the manifest lists these matrices: an earlier run may have had other targets."""
+    return manifest_file.is_file() and json.loads(manifest_file.read_text())["matrices"] == records
 
 
 def _write_manifest(file: Path, records: list[Any], adapter: AdapterSettings, seconds: float) -> None:

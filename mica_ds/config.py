@@ -97,6 +97,9 @@ DERIVED_ARGUMENTS = {
     "use_cpu": "the machine",
 }
 
+# Those that would be accepted and then do nothing here, or fail late.
+UNSUPPORTED_ARGUMENTS = ("eval_strategy", "load_best_model_at_end", "resume_from_checkpoint", "save_total_limit")
+
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values) and validate the whole.
@@ -188,6 +191,8 @@ def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str
     for key, value in arguments.items():
         if key in DERIVED_ARGUMENTS:
             raise UserError(f"{path}: train.{key} follows from {DERIVED_ARGUMENTS[key]}; set that instead")
+        if key in UNSUPPORTED_ARGUMENTS:
+            raise UserError(f"{path}: train.{key} is not supported; evaluation runs before and after training")
         if key not in known:
             raise UserError(f"{path}: unknown key train.{key}{_nearest(key, known, ['train'])}")
         try:

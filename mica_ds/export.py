@@ -9,22 +9,21 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mica_ds.basis import load_basis
-from mica_ds.checkpoint import last_checkpoint, read_tensors, tensor_files
+from mica_ds.adapter import origin
+from mica_ds.basis import Basis, load_basis
+from mica_ds.checkpoint import check_origin, read_tensors, tensor_files
 from mica_ds.config import Config
-from mica_ds.errors import UserError
 from mica_ds.model import DTYPES, load_tokenizer
 
 
-def export_run(config: Config) -> Path:
-    """Export the newest checkpoint of a run folder, and return the folder it went to. Local, on one rank.
+def export_checkpoint(config: Config, checkpoint: Path) -> Path:
+    """Export a checkpoint of a run folder, and return the folder it went to. Local, on one rank.
 
     Whole or absent: it is written under another name first.
-    Raises: UserError where the checkpoint or a basis is missing.
+    Raises: UserError where the bases are missing, or the checkpoint belongs to others.
     """
-    checkpoint = last_checkpoint(config.output_dir / "checkpoints")
-    if checkpoint is None:
-        raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
+    basis = load_basis(config.output_dir / "basis") if config.adapter.method == "mica" else None
+    check_origin(checkpoint, origin(config.adapter, basis))
     target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -32,25 +31,19 @@ def export_run(config: Config) -> Path:
     if config.adapter.method == "full":
         _write_model(config, checkpoint, partial)
     else:
-        _write_adapter(config, checkpoint, partial)
+        _write_adapter(config, checkpoint, basis, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target
 
 
-def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:
+def _write_adapter(config: Config, checkpoint: Path, basis: Basis | None, folder: Path) -> None:
     """peft's format, fp32: A from the checkpoint, MiCA's B from the cache, never from the model's rounded copy."""
     factors = read_tensors(checkpoint)
     modules = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
-    if config.adapter.method == "mica":
-        basis = load_basis(config.output_dir / "basis")
+    if basis is not None:
         for module in modules:
             factors[f"{module}.lora_B.weight"] = basis[module.removeprefix("base_model.model.")]
-    for module in modules:
-        if f"{module}.lora_B.weight" not in factors:
-            raise UserError(
-                f"{checkpoint} lacks lora_B of {module}; it was not written by method {config.adapter.method}"
-            )
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     description = PeftConfig.from_pretrained(str(checkpoint))
     description.inference_mode = True

@@ -1,6 +1,6 @@
 """The base model, partitioned from the start: each rank reads only its own slices of the checkpoint.
 
-transformers lets rank 0 read the whole checkpoint and broadcast it (5.23.0), so 140 GB pass through one rank's memory.
+transformers lets rank 0 read the whole checkpoint and broadcast it (5.23.0): 140 GB for 70B.
 Here rank p reads 1/P of the bytes, in parallel with the others, and no weight is sent at all.
 """
 
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.generic import ContextManagers
 
 from mica_ds import comm
@@ -29,15 +30,17 @@ from mica_ds.shards import fill_partition, full_shape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(settings: ModelSettings) -> PreTrainedModel:
+def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> PreTrainedModel:
     """Build a causal language model under ZeRO-3 and fill its partitions from safetensors. Collective.
 
+    `weights` are files that hold other values for all its parameters, such as those of a full fine-tuning.
+
     transformers' DeepSpeed settings must be alive (a TrainingArguments with `deepspeed`): zero.Init reads them.
-    Raises: UserError where the checkpoint is missing, truncated or incomplete.
+    Raises: UserError where the checkpoint is missing, truncated or incomplete, or holds NaN or Inf.
     """
     with comm.failing_together():
-        sources = _open_checkpoint(settings.path)
         config = _load_config(settings.path)
+        sources = _open(weights or _checkpoint_files(settings.path))
     dtype = DTYPES[settings.dtype]
     # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
     with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
@@ -46,16 +49,25 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
     parameters = dict(model.named_parameters())
     found = {name: _find(name, sources, model.base_model_prefix) for name in parameters}
     stored = {name: tensor for name, tensor in found.items() if tensor is not None}
-    if len(stored) < len(parameters):
-        # Stored under other names or in other shapes (the experts of some mixtures): transformers knows how.
+    missing = sorted(parameters.keys() - stored.keys())
+    if missing and get_model_conversion_mapping(model, add_legacy=False):
+        # Stored in other shapes (the experts of mixtures): transformers knows how, though through rank 0.
         return _load_through_transformers(settings, dtype)
     with comm.failing_together():
+        if missing:
+            raise UserError(f"model.path: {settings.path} lacks {missing[0]}; copy the checkpoint again")
         for name, tensor in stored.items():
             shape, expected = tuple(tensor.get_shape()), full_shape(parameters[name])
             if shape != expected:
                 raise UserError(f"{settings.path}: {name} has shape {shape}, but config.json asks for {expected}")
+    not_finite: list[str] = []
     for name, tensor in stored.items():
-        fill_partition(parameters[name], functools.partial(_read_flat, tensor))
+        fill_partition(parameters[name], functools.partial(_read_finite, tensor, name, not_finite))
+    with comm.failing_together():
+        if not_finite:
+            raise UserError(
+                f"model.path: {not_finite[0]} in {settings.path} holds NaN or Inf; copy the checkpoint again"
+            )
     for name, buffer in model.named_buffers():
         if name in sources:
             buffer.copy_(sources[name].get_tensor(name))
@@ -64,29 +76,40 @@ def load_model(settings: ModelSettings) -> PreTrainedModel:
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's own tokenizer. Local. Raises: UserError where there is none."""
+    if not settings.path.is_dir():
+        raise UserError(f"model.path: {settings.path} is not a folder with a transformers checkpoint")
     try:
-        return AutoTokenizer.from_pretrained(settings.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_first_line(error)}") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer in {settings.path} has no eos_token to end documents with")
+    return tokenizer
 
 
 def _load_config(path: Path) -> Any:
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path}/config.json is not usable: {_first_line(error)}") from None
 
 
-def _open_checkpoint(path: Path) -> dict[str, Any]:
-    """The open safetensors file of each stored tensor. Opening checks each file's length against its header."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
+def _checkpoint_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
-    names = (
-        sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    )
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"model.path: {index} is truncated or damaged; copy it again") from None
+
+
+def _open(files: list[Path]) -> dict[str, Any]:
+    """The open safetensors file of each stored tensor. Opening checks each file's length against its header."""
     sources: dict[str, Any] = {}
-    for file in (path / name for name in names):
+    for file in files:
         if not file.is_file():
             raise UserError(f"model.path: {file} is missing; copy the checkpoint again")
         try:
@@ -103,6 +126,13 @@ def _find(name: str, sources: dict[str, Any], prefix: str) -> Any | None:
     """The stored slice of a parameter; checkpoints of the bare decoder lack the base model's prefix."""
     candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((sources[key].get_slice(key) for key in candidates if key in sources), None)
+
+
+def _read_finite(stored: Any, name: str, not_finite: list[str], start: int, stop: int) -> torch.Tensor:
+    values = _read_flat(stored, start, stop)
+    if not values.isfinite().all():
+        not_finite.append(name)
+    return values
 
 
 def _read_flat(stored: Any, start: int, stop: int) -> torch.Tensor:

@@ -9,23 +9,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import set_seed
 
 from mica_ds import comm, figures
-from mica_ds.adapter import (
-    attach_adapter,
-    lora_parameters,
-    restore_adapter,
-    target_modules,
-)
+from mica_ds.adapter import attach_adapter, lora_parameters, origin, restore_adapter, target_modules
 from mica_ds.basis import Basis, build_basis
-from mica_ds.checkpoint import last_checkpoint, save_checkpoint
+from mica_ds.checkpoint import check_origin, last_checkpoint, remove_checkpoints, save_checkpoint, tensor_files
 from mica_ds.config import Config, save_config
 from mica_ds.data import build_dataset
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
-from mica_ds.export import export_run
+from mica_ds.export import export_checkpoint
 from mica_ds.model import count_parameters, load_model, load_tokenizer
-from mica_ds.report import peak_rss, print_summary, write_summary
+from mica_ds.report import peak_rss, print_summary, rss, write_summary
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, training_arguments
 
@@ -35,22 +31,28 @@ def train(config: Config) -> None:
     folder = _open_run_folder(config)
     with comm.failing_together():
         args = training_arguments(config, accumulation_steps(config))
-    tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
+    set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
+    model, loading_rss = _load(config)
+    modules = _targets(config, model)
     with Tracker(config) as tracker:
-        model, loading_rss = _load(config)
-        modules = _targets(config, model)
+        if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
+            save_config(config, folder / "config.yaml")
+            remove_checkpoints(folder / "checkpoints")
         basis = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
         model = attach_adapter(model, modules, config.adapter, basis)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        trainer, run = build_trainer(model, args, dataset, evaluator, tracker)
-        final_loss = trainer.train().training_loss
+        made_of = origin(config.adapter, basis)
+        trainer, run = build_trainer(model, args, dataset, evaluator, tracker, made_of)
+        trained = trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         after = evaluator.score(trainer.model_wrapped)
         _save_probe(trainer.model_wrapped, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
-        save_checkpoint(model, folder / "checkpoints", trainer.state.global_step)
+        checkpoint = save_checkpoint(model, folder / "checkpoints", trainer.state.global_step, made_of)
         summary = {
             **_scores(run.before, after),
             "trainable_parameters": trainable,
@@ -61,7 +63,7 @@ def train(config: Config) -> None:
             * config.data.global_batch
             * config.data.sequence_length
             / run.seconds,
-            "final_loss": final_loss,
+            "final_loss": losses[-1] if losses else trained.training_loss,
             "peak_rss_bytes": comm.gather(peak_rss()),
             "loading_rss_bytes": comm.gather(loading_rss),
             "world_size": args.world_size,
@@ -69,7 +71,7 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                exported = export_run(config)
+                exported = export_checkpoint(config, checkpoint)
                 comm.say(f"export: {exported}")
                 _record(config, summary, trainer.state.log_history, basis, exported, tracker)
     print_summary(summary, config)
@@ -77,10 +79,12 @@ def train(config: Config) -> None:
 
 def basis(config: Config) -> None:
     """The bases alone, into the run folder's cache, from which `train` starts at once. Collective."""
-    if config.adapter.method != "mica":
-        raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
+    with comm.failing_together():
+        if config.adapter.method != "mica":
+            raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
     _open_run_folder(config)
-    args = training_arguments(config)
+    with comm.failing_together():
+        args = training_arguments(config)
     model, _ = _load(config)
     _bases(config, _targets(config, model), args.seed)
 
@@ -88,19 +92,23 @@ def basis(config: Config) -> None:
 def evaluate(config: Config) -> None:
     """Score the newest checkpoint of the run folder, or the base model where there is none. Collective."""
     folder = _open_run_folder(config)
-    if config.evaluate.questions is None and config.evaluate.retention is None:
-        raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
-    args = training_arguments(config)
-    evaluator = Evaluator(config.evaluate, load_tokenizer(config.model), config.data.sequence_length)
+    with comm.failing_together():
+        if config.evaluate.questions is None and config.evaluate.retention is None:
+            raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
+        args = training_arguments(config)
+        tokenizer = load_tokenizer(config.model)
+    evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     checkpoint = last_checkpoint(folder / "checkpoints")
     model: nn.Module
     if checkpoint and config.adapter.method == "full":
-        model = load_model(config.model.model_copy(update={"path": folder / "model"}))
+        model = load_model(config.model, weights=tensor_files(checkpoint))
     else:
         model = load_model(config.model)
         if checkpoint:
             modules = _targets(config, model)
             bases = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
+            with comm.failing_together():
+                check_origin(checkpoint, origin(config.adapter, bases))
             model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
     scores = evaluator.score(inference_engine(model, args))
     evaluated = {
@@ -116,11 +124,14 @@ def export(config: Config) -> None:
     """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
     with comm.failing_together():
         if comm.is_main():
-            comm.say(f"export: {export_run(config)}")
+            checkpoint = last_checkpoint(config.output_dir / "checkpoints")
+            if checkpoint is None:
+                raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
+            comm.say(f"export: {export_checkpoint(config, checkpoint)}")
 
 
 def _open_run_folder(config: Config) -> Path:
-    """Make the run folder with the resolved config in it, and check on every rank that it can be written."""
+    """Make the run folder, and check on every rank that it can be written. Collective."""
     folder = config.output_dir
     with comm.failing_together():
         try:
@@ -130,8 +141,6 @@ def _open_run_folder(config: Config) -> Path:
             probe.unlink()
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
-    if comm.is_main():
-        save_config(config, folder / "config.yaml")
     return folder
 
 
@@ -141,8 +150,8 @@ def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _load(config: Config) -> tuple[Any, int]:
-    """The partitioned base, and by how much loading it raised this rank's peak memory (bytes)."""
-    started, before = time.perf_counter(), peak_rss()
+    """The partitioned base, and by how much this rank's peak memory exceeds what it held before loading (bytes)."""
+    started, before = time.perf_counter(), rss()
     model = load_model(config.model)
     comm.say(
         f"model: {config.model.path} partitioned over {comm.world_size()} ranks, {time.perf_counter() - started:.1f} s"

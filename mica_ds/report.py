@@ -18,11 +18,16 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
+def rss() -> int:
+    """The memory that this process has resident now, in bytes. Local."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
-    """Write `summary.json` on rank 0. Local."""
+    """Write `summary.json` and return its path. Local, on one rank."""
     file = folder / "summary.json"
-    if comm.is_main():
-        file.write_text(json.dumps(summary, indent=1))
+    file.write_text(json.dumps(summary, indent=1))
     return file
 
 

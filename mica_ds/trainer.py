@@ -81,8 +81,12 @@ class MicaTrainer(Trainer):
     `_save_checkpoint` is private, but no callback can replace it (transformers 5.23).
     """
 
+    def __init__(self, *args: Any, origin: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._origin = origin
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self.model, Path(str(self.args.output_dir)), self.state.global_step)
+        save_checkpoint(self.model, Path(str(self.args.output_dir)), self.state.global_step, self._origin)
 
 
 class RunCallback(TrainerCallback):
@@ -131,13 +135,18 @@ def build_trainer(
     dataset: Dataset,
     evaluator: Evaluator,
     tracker: Tracker,
+    origin: dict[str, Any],
 ) -> tuple[Trainer, RunCallback]:
-    """The Trainer for a model with its adapter, and the callback that holds what the run found. Local."""
+    """The Trainer for a model with its adapter, and the callback that holds what the run found. Local.
+
+    `origin` goes into the checkpoints.
+    """
     trainer = MicaTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         data_collator=default_data_collator,
+        origin=origin,
     )
     callback = RunCallback(trainer, evaluator, tracker)
     trainer.add_callback(callback)
