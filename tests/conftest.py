@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m"
-LAUNCH_LIMIT = 300  # seconds, after which a started program is killed and the test fails
+LAUNCH_LIMIT = 600  # seconds, after which a started program is killed and the test fails
 
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
