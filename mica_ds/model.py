@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.utils.generic import ContextManagers
 
 from mica_ds import comm
@@ -50,12 +49,12 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
     found = {name: _find(name, sources, model.base_model_prefix) for name in parameters}
     stored = {name: tensor for name, tensor in found.items() if tensor is not None}
     missing = sorted(parameters.keys() - stored.keys())
-    if missing and get_model_conversion_mapping(model, add_legacy=False):
-        # Stored in other shapes (the experts of mixtures): transformers knows how, though through rank 0.
-        return _load_through_transformers(settings, dtype)
     with comm.failing_together():
         if missing:
-            raise UserError(f"model.path: {settings.path} lacks {missing[0]}; copy the checkpoint again")
+            raise UserError(
+                f"model.path: {settings.path} lacks {missing[0]}: it is incomplete, "
+                "or stores the weights in another shape (mixtures of experts do), which is not supported"
+            )
         for name, tensor in stored.items():
             shape, expected = tuple(tensor.get_shape()), full_shape(parameters[name])
             if shape != expected:
@@ -144,19 +143,6 @@ def _read_flat(stored: Any, start: int, stop: int) -> torch.Tensor:
     first = start // row
     rows = stored[first : -(-stop // row)]
     return rows.reshape(-1)[start - first * row : stop - first * row]
-
-
-def _load_through_transformers(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        settings.path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
-    model, report = loaded
-    with comm.failing_together():
-        if report["missing_keys"]:
-            raise UserError(
-                f"model.path: {settings.path} lacks {sorted(report['missing_keys'])[0]}; copy the checkpoint again"
-            )
-    return model
 
 
 def _first_line(error: Exception) -> str:

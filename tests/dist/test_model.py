@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from ..conftest import SIZES, start_ranks
+from ..conftest import start_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -30,14 +30,7 @@ def bare_decoder(source: Path, folder: Path) -> None:
     shutil.copy(source / "config.json", folder)
 
 
-def mixture_of_experts(source: Path, folder: Path) -> None:
-    """Experts that the checkpoint keeps apart and the model stacks: read through transformers' own loader."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model("mixtral", vocab_size=49152, num_local_experts=2, num_key_value_heads=2, **SIZES)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-
-
-@pytest.mark.parametrize("make", [several_files, bare_decoder, mixture_of_experts])
+@pytest.mark.parametrize("make", [several_files, bare_decoder])
 def test_the_loaded_model_is_the_stored_one(
     make: Callable[[Path, Path], None],
     tiny_model: Callable[[str], Path],
