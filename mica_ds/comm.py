@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from mica_ds.errors import UserError
 
 # A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. A peer that dies
-# closes its connections, which gloo reports at once.
+# closes its connections, which gloo reports at once; a host that is lost does not, and is left to the launcher.
 _PATIENCE = timedelta(days=30)
 _group: dist.ProcessGroup | None = None
 
