@@ -12,7 +12,16 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_tensors
 from mica_ds.config import AdapterSettings
 from mica_ds.errors import UserError
-from mica_ds.shards import linear_modules, weight_shape
+from mica_ds.shards import (
+    Matrix,
+    StoredMatrix,
+    linear_modules,
+    matrix_of,
+    stacked_experts,
+    target_candidates,
+    weight_shape,
+)
+from mica_ds.weights import StoredTensor, stored_tensor
 
 
 def target_modules(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.Module]:
@@ -20,26 +29,62 @@ def target_modules(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.M
 
     Raises: UserError where a target matches no linear module, or r exceeds what MiCA can take from a weight.
     """
-    linear = linear_modules(model)
     if adapter.targets == "all-linear":
-        chosen = linear
+        chosen = linear_modules(model)
     else:
+        candidates = target_candidates(model)
         for target in adapter.targets:
-            if not any(_matches(name, target) for name in linear):
-                known = sorted({name.rpartition(".")[2] for name in linear})
+            if any(matches(name, target) for name in candidates):
+                continue
+            if any(matches(name, target) for name in stacked_experts(model)):
                 raise UserError(
-                    f"adapter.targets: {target} matches no linear module; this model has {', '.join(known)}"
+                    f"adapter.targets: {target} are stacked experts; `mica-ds basis` computes their bases, "
+                    "but peft has no MiCA layer to attach to them: leave them out"
                 )
-        chosen = {name: module for name, module in linear.items() if any(_matches(name, t) for t in adapter.targets)}
+            known = sorted({name.rpartition(".")[2] for name in candidates})
+            raise UserError(f"adapter.targets: {target} matches no linear module; this model has {', '.join(known)}")
+        chosen = {name: module for name, module in candidates.items() if any(matches(name, t) for t in adapter.targets)}
     if not chosen:
         raise UserError("adapter.targets chooses no linear module of this model")
     for name, module in chosen.items():
-        limit = min(weight_shape(module))
-        if adapter.method == "mica" and adapter.r > limit:
-            raise UserError(
-                f"adapter.r={adapter.r} exceeds min(out, in)={limit} of {name}; lower it or leave {name} out"
-            )
+        _check_r(name, weight_shape(module), adapter)
     return chosen
+
+
+def stored_targets(
+    model: PreTrainedModel, adapter: AdapterSettings, checkpoint: dict[str, StoredTensor]
+) -> list[StoredMatrix]:
+    """The weights in a checkpoint that the adapter's targets mean, of a model without weights. Local.
+
+    Here a target may also be a parameter that stacks experts (`experts.down_proj`): each expert is a matrix of its own.
+    Raises: UserError as `target_modules` does, and where the checkpoint lacks a weight.
+    """
+    experts = {}
+    if adapter.targets != "all-linear":
+        stacked = stacked_experts(model)
+        experts = {name: layout for name, layout in stacked.items() if any(matches(name, t) for t in adapter.targets)}
+        rest = [target for target in adapter.targets if not any(matches(name, target) for name in experts)]
+        adapter = adapter.model_copy(update={"targets": rest})
+    modules = target_modules(model, adapter) if adapter.targets else {}
+    prefix = model.base_model_prefix
+    found = []
+    for name, module in modules.items():
+        matrix = matrix_of(name, module)
+        found.append(StoredMatrix(matrix, stored_tensor(f"{name}.weight", checkpoint, prefix, matrix.stored_shape)))
+    for name, (shape, is_transposed) in experts.items():
+        tensor = stored_tensor(name, checkpoint, prefix, shape)
+        for expert in range(shape[0]):
+            matrix = Matrix(f"{name}.{expert}", shape[1:], is_transposed)
+            _check_r(matrix.name, matrix.shape, adapter)
+            found.append(StoredMatrix(matrix, tensor, expert * shape[1] * shape[2]))
+    return found
+
+
+def _check_r(name: str, shape: tuple[int, int], adapter: AdapterSettings) -> None:
+    if adapter.method == "mica" and adapter.r > min(shape):
+        raise UserError(
+            f"adapter.r={adapter.r} exceeds min(out, in)={min(shape)} of {name}; lower it or leave {name} out"
+        )
 
 
 def attach_adapter(
@@ -92,20 +137,22 @@ def lora_parameters(modules: dict[str, nn.Module], r: int) -> int:
 
 
 def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis) -> None:
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for name, module in modules.items():
-        prefix = f"base_model.model.{name}"
-        factors[f"{prefix}.lora_A.weight"] = torch.zeros(r, weight_shape(module)[1])
-        factors[f"{prefix}.lora_B.weight"] = basis[name]
+        prefix, zeros = f"base_model.model.{name}", torch.zeros(r, weight_shape(module)[1])
+        is_embedding = isinstance(module, nn.Embedding)
+        A, B = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+        factors |= {f"{prefix}.{A}": zeros, f"{prefix}.{B}": basis[name]}
     set_peft_model_state_dict(model, factors, low_cpu_mem_usage=True)
 
 
 def _peft_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """The short names (`q_proj`, …), which servers expect, where they choose the same modules; else the full ones."""
     short = sorted({name.rpartition(".")[2] for name in modules})
-    chosen = [name for name in linear_modules(model) if any(_matches(name, kind) for kind in short)]
+    chosen = [name for name in target_candidates(model) if any(matches(name, kind) for kind in short)]
     return short if len(chosen) == len(modules) else sorted(modules)
 
 
-def _matches(name: str, target: str) -> bool:
+def matches(name: str, target: str) -> bool:
+    """Whether a module of this full name is meant by a target. Local."""
     return name == target or name.endswith(f".{target}")

@@ -1,12 +1,18 @@
 """The bases of all target weights: who solves which, the cache, its manifest.
 
 Each owner writes a matrix's basis as soon as it is solved, one safetensors file a matrix with its record in the header,
-so an interrupted run goes on where it stopped. `manifest.json` is written last, from those records.
+so an interrupted run goes on where it stopped. `manifest.json` is written last, from those records. Jobs that share a
+cache may work on it at once: a file is replaced whole, and only by one that serves more.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import os
+import socket
+import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -16,19 +22,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 from tqdm import tqdm
 
-from mica_ds import comm, solver
-from mica_ds.config import AdapterSettings
+from mica_ds import comm, exchange, solver
+from mica_ds.config import AdapterSettings, BasisSettings
 from mica_ds.errors import UserError
-from mica_ds.exchange import assign_owners, ship
-from mica_ds.shards import Shard, read_shard
+from mica_ds.shards import Matrix, Source
 
 
 @dataclass(frozen=True)
 class Basis:
-    """The bases in a run folder, read when they are asked for."""
+    """The bases in a cache, read when they are asked for."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -38,37 +42,44 @@ class Basis:
     """Wall time of this call to `build_basis`, the check of the cache included."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """B (out, r) of a module, fp32."""
+        """B (out, r) of a module, fp32: the last columns of a larger minor basis, the first of a principal one."""
         with safe_open(_file(self.folder, name), framework="pt") as stored:
-            return stored.get_tensor(name)
+            B_MR, r = stored.get_tensor(name), self.manifest["r"]
+        return B_MR[:, :r].contiguous() if self.manifest["subspace"] == "principal" else B_MR[:, -r:].contiguous()
 
 
-def build_basis(modules: dict[str, nn.Module], adapter: AdapterSettings, seed: int, folder: Path) -> Basis:
-    """Solve each target weight once across the ranks, from ZeRO-3's partitions, or take it from the cache. Collective.
+def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSettings, seed: int, folder: Path) -> Basis:
+    """Solve each matrix once across the ranks, from their slices, or take it from the cache. Collective.
 
     Args:
-        modules: the target linear modules by name, under ZeRO-3.
+        source: the target weights, partitioned or in files.
         adapter: gives `r` and `subspace`.
+        settings: route and factor, where they are not left to the engine.
         seed: draws the random subspace; unused for the others.
         folder: the cache, on storage that all ranks share.
 
-    Raises: UserError where the cache was made from other weights.
+    Raises: UserError where the cache was made from other weights, or a weight holds NaN or Inf (by name).
     """
     start = time.perf_counter()
-    shards = [read_shard(name, module) for name, module in modules.items()]
-    fingerprints = _fingerprints(shards)
+    label = f"random, seed {seed}" if adapter.subspace == "random" else adapter.subspace
+    wanted = _Wanted(adapter.r, adapter.subspace, label, seed)
     with comm.failing_together():
-        missing = _missing(shards, fingerprints, adapter, seed, folder)
+        records = {matrix.name: _read_record(folder, matrix.name) for matrix in source.matrices}
+    cached = [i for i, matrix in enumerate(source.matrices) if records[matrix.name]]
+    fingerprints = _fingerprints(source, cached, adapter.r)
+    with comm.failing_together():
+        _refuse_others(folder, {name: record for name, record in records.items() if record}, fingerprints)
+    missing = [i for i, matrix in enumerate(source.matrices) if not wanted.is_served(records[matrix.name])]
     if missing:
-        _solve(missing, shards, fingerprints, adapter, seed, folder)
+        fingerprints |= _solve(source, missing, wanted, settings, folder)
     with comm.failing_together():
-        records = [_await_record(folder, shard.name) for shard in shards]
+        found = {matrix.name: _await_record(folder, matrix.name, wanted) for matrix in source.matrices}
+        _refuse_others(folder, found, fingerprints)  # another job may have written meanwhile
     seconds = time.perf_counter() - start
-    manifest_file = folder / "manifest.json"
-    if comm.is_main() and (missing or not _is_of(manifest_file, records)):
-        _write_manifest(manifest_file, records, adapter, seconds)
+    if comm.is_main():
+        _write_manifest(folder / "manifest.json", list(found.values()), wanted, seconds)
     comm.barrier()
-    return Basis(folder, json.loads(manifest_file.read_text()), len(missing), seconds)
+    return Basis(folder, json.loads((folder / "manifest.json").read_text()), len(missing), seconds)
 
 
 def load_basis(folder: Path) -> Basis:
@@ -80,128 +91,283 @@ def load_basis(folder: Path) -> Basis:
     return Basis(folder, manifest, solved=0, seconds=0.0)
 
 
+def warnings(manifest: dict[str, Any]) -> list[str]:
+    """What a user should know of the bases, one line each. Local."""
+    records = manifest["matrices"]
+    eps = torch.finfo(torch.float32).eps
+    deficient = [r for r in records if r["sigma_minor"][-1] <= eps * r["sigma_max"]]
+    # Rounding W to fp32 turns such a basis by a tenth of a radian or more.
+    loose = [
+        r
+        for r in records
+        if r["relative_gap"] is not None and r["relative_gap"] * r["sigma_minor"][0] <= 10 * eps * r["sigma_max"]
+    ]
+    fallen_back = [r for r in records if r["unconverged"]]
+    lines = []
+    for found, what in [
+        (deficient, "rank-deficient to fp32 accuracy: B holds directions that the weight never writes"),
+        (loose, "with a gap at r so small that the basis is not unique: another r may cut the spectrum better"),
+        (fallen_back, "did not converge with the first factor and took a slower one"),
+    ]:
+        if found:
+            others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            lines.append(f"bases: {found[0]['name']}{others}: {what}")
+    return lines
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What this run asks of the cache."""
+
+    r: int
+    subspace: str
+    label: str
+    """The subspace, with its seed where it is random."""
+    seed: int
+
+    def is_served(self, record: dict[str, Any] | None) -> bool:
+        """A larger basis serves every smaller r, except a random one, which is drawn for its r."""
+        if record is None or record["subspace"] != self.label:
+            return False
+        return record["r"] == self.r or (record["r"] > self.r and self.subspace != "random")
+
+
 def _solve(
-    shards: list[Shard],
-    all_shards: list[Shard],
-    fingerprints: dict[str, str],
-    adapter: AdapterSettings,
-    seed: int,
-    folder: Path,
-) -> None:
-    """Solve the given matrices, each at its owner, and write them to the cache. Collective."""
-    folder.mkdir(parents=True, exist_ok=True)
-    owners = assign_owners([shard.shape for shard in shards], comm.world_size())
-    pictured = _middle_of_each_kind([shard.name for shard in all_shards])
-    bar = tqdm(
-        total=len(all_shards),
-        initial=len(all_shards) - len(shards),
-        desc="bases",
-        unit="matrix",
-        disable=not comm.is_main(),
-    )
-    for i, W in ship(shards, owners):
-        name, started = shards[i].name, time.perf_counter()
-        solution = solver.solve(W, adapter.r, adapter.subspace, seed=seed + zlib.crc32(name.encode()))
-        record = {
-            "name": name,
-            "shape": list(shards[i].shape),
-            "r": adapter.r,
-            "sigma_max": solution.sigma_max,
-            "sigma_minor": solution.sigma_minor,
-            "relative_gap": solution.relative_gap,
-            "residual": solution.residual,
-            "seconds": time.perf_counter() - started,
-            "owner": comm.rank(),
-            "factor": solution.factor,
-            "fingerprint": fingerprints[name],
-            "subspace": _subspace(adapter, seed),
-        }
-        if name in pictured:
-            record["spectrum"] = solver.spectrum(W).tolist()
-        _write(folder, name, solution.B_MR, record)
-        bar.update(min(len(list(folder.glob("*.safetensors"))), bar.total) - bar.n)  # the other owners' as well
-    comm.barrier()
-    bar.update(bar.total - bar.n)
-    bar.close()
+    source: Source, missing: list[int], wanted: _Wanted, settings: BasisSettings, folder: Path
+) -> dict[str, str]:
+    """Solve the given matrices, each at its owner, into the cache, and return their fingerprints. Collective."""
+    with comm.failing_together():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}") from None
+    machine = exchange.measure_machine(source.dtype.itemsize)
+    routes = {i: exchange.choose_route(source.matrices[i], wanted.r, machine, settings.exchange) for i in missing}
+    with _Progress([source.matrices[i] for i in missing], wanted.r) as progress:
+        fingerprints, failed = _solve_by_gram(
+            source, [i for i in missing if routes[i] == "gram"], wanted, folder, progress
+        )
+        shipped = [i for i in missing if routes[i] == "ship" or i in failed]
+        fingerprints |= _solve_shipped(source, shipped, wanted, settings, folder, progress)
+    return fingerprints
 
 
-def _fingerprints(shards: list[Shard]) -> dict[str, str]:
-    """A fingerprint of each whole matrix, the same for every cut and number of ranks. Collective.
+def _solve_shipped(
+    source: Source, chosen: list[int], wanted: _Wanted, settings: BasisSettings, folder: Path, progress: "_Progress"
+) -> dict[str, str]:
+    matrices = [source.matrices[i] for i in chosen]
+    owners = exchange.assign_owners(matrices, wanted.r, comm.world_size())
+    fingerprints = {}
+    error: Exception | None = None
+    for i, W in exchange.ship([source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)], owners):
+        if progress.has_failed():
+            continue  # not break: others may still be sending to this rank
+        matrix, started = matrices[i], time.perf_counter()
+        try:
+            factor = None if settings.factor == "auto" else settings.factor
+            solution = solver.solve(W, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
+            stored = (W.T if matrix.is_transposed else W).reshape(-1)
+            fingerprints[matrix.name] = _describe(matrix, stored.dtype, int(_mixed_sum(stored, 0)))
+            seconds = time.perf_counter() - started
+            _write(folder, matrix, solution, wanted, fingerprints[matrix.name], seconds, "ship")
+        except Exception as raised:
+            is_not_finite = isinstance(raised, ValueError)
+            message = f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again"
+            error = UserError(message) if is_not_finite else raised
+            progress.fail()
+        progress.advance(matrix)
+    with comm.failing_together():
+        if error:
+            raise error
+    return {name: value for theirs in comm.gather(fingerprints) for name, value in theirs.items()}
 
-    A sum over the elements of a mix of their bits and their place, after splitmix64: the slices' sums add up.
+
+def _solve_by_gram(
+    source: Source, chosen: list[int], wanted: _Wanted, folder: Path, progress: "_Progress"
+) -> tuple[dict[str, str], set[int]]:
+    """Also returns those that did not converge."""
+    fingerprints = _fingerprints(source, chosen, wanted.r)
+    owners = [place % comm.world_size() for place in range(len(chosen))]
+    shards = [source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)]
+    failed = set()
+    started = time.perf_counter()
+    for place, solution in exchange.sum_grams(shards, owners, wanted.r):
+        matrix = source.matrices[chosen[place]]
+        if solution is None:
+            failed.add(chosen[place])
+            continue
+        _write(folder, matrix, solution, wanted, fingerprints[matrix.name], time.perf_counter() - started, "gram")
+        progress.advance(matrix)
+    return fingerprints, set().union(*comm.gather(failed))
+
+
+def _seed(wanted: _Wanted, matrix: Matrix) -> int:
+    return wanted.seed + zlib.crc32(matrix.name.encode())
+
+
+# One number that all ranks share: failures, solved matrices and their costs (µs), in one count a matrix.
+_FAILED, _ONE = 1 << 56, 1 << 40
+
+
+class _Progress:
+    """One bar on rank 0 over the matrices of all ranks, with the time left by their costs; a context manager."""
+
+    _calls = itertools.count()
+
+    def __init__(self, matrices: list[Matrix], r: int) -> None:
+        self._key = f"bases-{next(self._calls)}"  # the same on all ranks: they call in step
+        self._r = r
+        self._matrices = len(matrices)
+        self._total = sum(map(self._cost, matrices))
+        self._state = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def advance(self, matrix: Matrix) -> None:
+        """Count a solved matrix. Local."""
+        self._state = comm.count(self._key, _ONE + self._cost(matrix))
+
+    def fail(self) -> None:
+        """Tell all ranks that one has failed. Local."""
+        self._state = comm.count(self._key, _FAILED)
+
+    def has_failed(self) -> bool:
+        """Whether any rank had failed when this one last counted. Local."""
+        return self._state >= _FAILED
+
+    def _cost(self, matrix: Matrix) -> int:
+        return 1 + int(1e6 * solver.cost(matrix.shape, self._r))
+
+    def _show(self) -> None:
+        interval = 0.5 if sys.stderr.isatty() else 10.0  # a log is not a terminal
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+        with tqdm(total=self._total, desc="bases", bar_format=layout, mininterval=0) as bar:
+            while True:
+                is_over = self._is_over.wait(interval)
+                solved, cost = divmod(comm.count(self._key) % _FAILED, _ONE)
+                bar.postfix = f"{solved}/{self._matrices} matrices"
+                bar.update(cost - bar.n)
+                bar.refresh()
+                if is_over:
+                    return
+
+    def __enter__(self) -> "_Progress":
+        if comm.is_main():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if comm.is_main():
+            self._thread.join()
+
+
+def _fingerprints(source: Source, chosen: list[int], r: int) -> dict[str, str]:
+    """A fingerprint of each of some whole matrices, the same for every cut and number of ranks. Collective.
+
+    A sum over the elements of their bits, weighted by their place: the slices' sums add up.
     """
-    sums = torch.stack([_mixed_sum(shard.values, shard.bounds[comm.rank()]) for shard in shards])
+    if not chosen:
+        return {}
+    owners = exchange.assign_owners([source.matrices[i] for i in chosen], r, comm.world_size())
+    shards = [source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)]
+    sums = torch.stack([_mixed_sum(shard.read(), shard.bounds[comm.rank()]) for shard in shards])
     comm.sum_(sums)
-    described = {
-        shard.name: f"{shard.name} {shard.stored_shape} {shard.values.dtype} {total}"
+    return {
+        shard.matrix.name: _describe(shard.matrix, source.dtype, total)
         for shard, total in zip(shards, sums.tolist(), strict=True)
     }
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in described.items()}
 
 
-def _mixed_sum(values: torch.Tensor, start: int, chunk: int = 1 << 16) -> torch.Tensor:
-    bits_dtype = {2: torch.int16, 4: torch.int32}[values.element_size()]
+def _describe(matrix: Matrix, dtype: torch.dtype, total: int) -> str:
+    return hashlib.sha256(f"{matrix.name} {matrix.stored_shape} {dtype} {total}".encode()).hexdigest()
+
+
+def _mixed_sum(values: torch.Tensor, start: int) -> torch.Tensor:
+    """A sum, modulo 2⁶⁴, of each element's bits times an odd weight that belongs to its place in the whole matrix."""
+    integers = {2: torch.int16, 4: torch.int32}[values.element_size()]
+    weights = _weights()
     total = torch.zeros((), dtype=torch.int64)
-    for i in range(0, len(values), chunk):  # chunks that stay in the cache
-        bits = values[i : i + chunk].view(bits_dtype).long()
-        mixed = bits + torch.arange(start + i, start + i + len(bits)) * -7046029254386353131
-        mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
-        mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
-        total += mixed.sum()
+    done = 0
+    while done < len(values):
+        chunk, place = divmod(start + done, len(weights))
+        bits = values[done : done + len(weights) - place].view(integers)
+        done += len(bits)
+        total += (bits * weights[place : place + len(bits)]).sum() * _mix(torch.tensor(chunk + 1))
     return total
 
 
-def _missing(
-    shards: list[Shard],
-    fingerprints: dict[str, str],
-    adapter: AdapterSettings,
-    seed: int,
-    folder: Path,
-) -> list[Shard]:
-    """The matrices that the cache does not hold yet; a cache of other weights is refused. Local."""
-    missing = []
-    for shard in shards:
-        record = _read_record(folder, shard.name)
-        if record is not None and record["fingerprint"] != fingerprints[shard.name]:
+@functools.cache
+def _weights() -> torch.Tensor:
+    return _mix(torch.arange(1, 1 + (1 << 16)))
+
+
+def _mix(numbers: torch.Tensor) -> torch.Tensor:
+    """Odd pseudo-random 64-bit integers (splitmix64)."""
+    mixed = numbers * -7046029254386353131
+    mixed = (mixed ^ (mixed >> 30)) * -4658895280553007687
+    mixed = (mixed ^ (mixed >> 27)) * -7723592293110705685
+    return mixed | 1
+
+
+def _refuse_others(folder: Path, records: dict[str, dict[str, Any]], fingerprints: dict[str, str]) -> None:
+    """Refuse a cache that was made from other weights. Local."""
+    for name, record in records.items():
+        if record["fingerprint"] != fingerprints[name]:
             raise UserError(
-                f"{folder} holds bases of another base model ({shard.name} differs); "
+                f"{folder} holds bases of another base model ({name} differs); "
                 "give this run its own output_dir, or delete that folder"
             )
-        if record is None or record["r"] != adapter.r or record["subspace"] != _subspace(adapter, seed):
-            missing.append(shard)
-    return missing
-
-
-def _subspace(adapter: AdapterSettings, seed: int) -> str:
-    return f"random, seed {seed}" if adapter.subspace == "random" else adapter.subspace
-
-
-def _middle_of_each_kind(names: list[str]) -> set[str]:
-    """One matrix for each kind (last part of the name), half way up the layers: their whole spectra are pictured."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    return {members[len(members) // 2] for members in kinds.values()}
 
 
 def _file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _write(folder: Path, name: str, B_MR: torch.Tensor, record: dict[str, Any]) -> None:
-    file = _file(folder, name)
-    partial = file.with_suffix(".partial")
-    save_file({name: B_MR}, partial, metadata={"record": json.dumps(record)})
+def _write(
+    folder: Path,
+    matrix: Matrix,
+    solution: solver.Solution,
+    wanted: _Wanted,
+    fingerprint: str,
+    seconds: float,
+    route: str,
+) -> None:
+    record = {
+        "name": matrix.name,
+        "shape": list(matrix.shape),
+        "r": wanted.r,
+        "sigma_max": solution.sigma_max,
+        "sigma_minor": solution.sigma_minor,
+        "relative_gap": solution.relative_gap,
+        "residual": solution.residual,
+        "seconds": seconds,
+        "owner": comm.rank(),
+        "exchange": route,
+        "factor": solution.factor,
+        "unconverged": solution.unconverged,
+        "fingerprint": fingerprint,
+        "subspace": wanted.label,
+    }
+    current = _read_record(folder, matrix.name)
+    if wanted.is_served(current) and current is not None and current["fingerprint"] == fingerprint:
+        return  # another job was faster, perhaps with a larger r
+    file = _file(folder, matrix.name)
+    # A name of its own: two jobs on one cache must not write into one file.
+    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+    save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
     os.replace(partial, file)
 
 
-def _await_record(folder: Path, name: str, limit: float = 90) -> dict[str, Any]:
+def _await_record(folder: Path, name: str, wanted: _Wanted, limit: float = 90) -> dict[str, Any]:
     """The record that an owner has written; a network file system may show it to other nodes only after a minute."""
     deadline = time.monotonic() + limit
-    while (record := _read_record(folder, name)) is None:
+    while not wanted.is_served(record := _read_record(folder, name)):
         if time.monotonic() > deadline:
-            raise UserError(f"{folder} is not the same folder on all ranks; output_dir must be on shared storage")
+            reason = "another job replaced" if record else "the ranks do not share, or another job removed"
+            raise UserError(f"{_file(folder, name)} is not what this run solved: a file that {reason}; start again")
         time.sleep(1)
+    assert record is not None
     return record
 
 
@@ -216,21 +382,30 @@ def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
         raise UserError(f"{file} is damaged; delete it, and the next run solves it again") from None
 
 
-def _is_of(manifest_file: Path, records: list[Any]) -> bool:
-    """Whether the manifest lists these matrices: an earlier run may have had other targets."""
-    return manifest_file.is_file() and json.loads(manifest_file.read_text())["matrices"] == records
-
-
-def _write_manifest(file: Path, records: list[Any], adapter: AdapterSettings, seconds: float) -> None:
+def _write_manifest(file: Path, records: list[dict[str, Any]], wanted: _Wanted, seconds: float) -> None:
+    """Write what the records come to, unless that is what the manifest says already."""
+    kept = [_cut(record, wanted) for record in records]
     whole = hashlib.sha256("".join(record["fingerprint"] for record in records).encode()).hexdigest()
+    if file.is_file() and json.loads(file.read_text())["matrices"] == kept:
+        return
     manifest = {
         "fingerprint": whole,
-        "r": adapter.r,
-        "subspace": records[0]["subspace"],
+        "r": wanted.r,
+        "subspace": wanted.label,
         "seconds": seconds,
         "world_size": comm.world_size(),
-        "matrices": records,
+        "matrices": kept,
     }
-    partial = file.with_suffix(".partial")
+    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, file)
+
+
+def _cut(record: dict[str, Any], wanted: _Wanted) -> dict[str, Any]:
+    """The record of the first or last columns of a larger basis."""
+    larger, r = record["r"], wanted.r
+    if larger == r or wanted.subspace == "principal":
+        return {**record, "r": r}
+    above, first = record["sigma_minor"][-r - 1], record["sigma_minor"][-r]
+    gap = (above - first) / max(above, 1e-300)
+    return {**record, "r": r, "sigma_minor": record["sigma_minor"][-r:], "relative_gap": gap}

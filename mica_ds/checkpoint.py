@@ -30,7 +30,11 @@ def save_checkpoint(model: Any, folder: Path, step: int, origin: dict[str, Any])
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     # peft's name for its only adapter does not belong in a file.
-    trainable = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        name.replace(".default.", ".").removesuffix(".default"): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     sizes = {name: torch.empty(full_shape(p), dtype=torch.float32, device="meta") for name, p in trainable.items()}
     for file, names in split_torch_state_dict_into_shards(sizes).filename_to_tensors.items():
         tensors = {name: safe_get_full_fp32_param(trainable[name]) for name in names}

@@ -26,6 +26,8 @@ from mica_ds.errors import UserError
 _PATIENCE = timedelta(days=30)
 _group: dist.ProcessGroup | None = None
 
+Work = dist.Work | None
+
 
 def start() -> None:
     """Join the process group of the launcher, or become a group of one. Collective.
@@ -148,14 +150,52 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def send(tensor: torch.Tensor, to: int, tag: int) -> dist.Work | None:
+def sum_to(tensor: torch.Tensor, owner: int) -> None:
+    """Sum a CPU tensor over all ranks into the owner's, in place; the others' is left undefined. Collective."""
+    dist.reduce(tensor, owner, group=_group)
+
+
+def broadcast(tensor: torch.Tensor | None, owner: int) -> torch.Tensor:
+    """The owner's fp64 matrix on all ranks. Collective."""
+    shape = torch.tensor(tensor.shape if tensor is not None else (0, 0))
+    dist.broadcast(shape, owner, group=_group)
+    whole = tensor.contiguous() if tensor is not None else torch.empty(*shape.tolist(), dtype=torch.float64)
+    dist.broadcast(whole, owner, group=_group)
+    return whole
+
+
+def gather_rows(part: torch.Tensor, owner: int) -> torch.Tensor:
+    """The ranks' fp64 rows below one another, at the owner; elsewhere the part itself. Collective."""
+    heights = gather(len(part))
+    if rank() != owner:
+        wait([send(part, owner, tag=0)] if len(part) else [])
+        return part
+    parts = [torch.empty(height, part.shape[1], dtype=part.dtype) for height in heights]
+    parts[owner] = part
+    wait([receive(p, source, tag=0) for source, p in enumerate(parts) if source != owner and len(p)])
+    return torch.cat(parts)
+
+
+def send(tensor: torch.Tensor, to: int, tag: int) -> Work:
     """Start sending a contiguous CPU tensor, which must not change until the returned work is done. Local."""
     return dist.isend(_as_bytes(tensor), to, group=_group, tag=tag)
 
 
-def receive(tensor: torch.Tensor, source: int, tag: int) -> dist.Work | None:
+def receive(tensor: torch.Tensor, source: int, tag: int) -> Work:
     """Start receiving into a contiguous CPU tensor. Local."""
     return dist.irecv(_as_bytes(tensor), source, group=_group, tag=tag)
+
+
+def wait(works: list[Work]) -> None:
+    """Wait until sends or receives are done. Local."""
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def count(key: str, amount: int = 0) -> int:
+    """Add to a number that all ranks share, and return it. Local: no rank waits for another."""
+    return dist.distributed_c10d._get_default_store().add(key, amount)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

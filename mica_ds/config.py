@@ -43,6 +43,13 @@ class AdapterSettings(Section):
     """Names of the adapted linear modules (`q_proj`, …), or all of them but the output head."""
 
 
+class BasisSettings(Section):
+    exchange: Literal["auto", "ship", "gram"] = "auto"
+    """How weights reach the rank that solves them: whole, or as partial Grams; the engine chooses for each."""
+    factor: Literal["auto", "lu", "gram", "eigh"] = "auto"
+    """What is factored: the square weight, its Gram, or the Gram's eigenproblem; the engine chooses for each."""
+
+
 class DataSettings(Section):
     corpus: list[Path] = Field(min_length=1)
     """Files (.txt, .md, .jsonl with a `text` key) or folders of them: what the model shall learn."""
@@ -75,6 +82,7 @@ class TrackingSettings(Section):
 class Config(Section):
     model: ModelSettings
     adapter: AdapterSettings = AdapterSettings()
+    basis: BasisSettings = BasisSettings()
     data: DataSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     train: dict[str, Any] = {}

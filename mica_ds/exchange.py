@@ -1,24 +1,81 @@
-"""Shards to their owners: each weight travels once, to the rank that solves it.
+"""Shards to their owners: who solves which matrix, and what travels for it.
 
-Sending the shards of W to one owner moves out · in elements in all; reducing fp64 Grams would move about
-P · 8 · K² bytes, and its owner would still lack W for the vectors of a tall matrix.
+Two routes. *Ship*: the slices of W go to its owner, which factors it: 2 · out · in bytes in all for bf16. *Gram*: each
+rank multiplies the rows it holds, and fp64 Grams are summed at the owner: about 4 K² bytes for each other rank, then
+one round trip for the vectors through W. The Gram pays where a matrix is long against K and the ranks are few, or where
+an owner has no room for W.
 """
 
+import math
+import os
+import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from mica_ds import comm
-from mica_ds.shards import Shard
+from mica_ds import comm, solver
+from mica_ds.shards import Matrix, Shard, whole_at
+
+_TILE = 1024  # rows of a Gram that are summed at a time
 
 
-def assign_owners(shapes: list[tuple[int, int]], ranks: int) -> list[int]:
+@dataclass(frozen=True)
+class Machine:
+    """What the choices depend on."""
+
+    ranks: int
+    itemsize: int
+    """Bytes of a stored element."""
+    memory: int
+    """Bytes that the rank with the least room has for a solve."""
+
+
+def measure_machine(itemsize: int) -> Machine:
+    """Look at the ranks' memory. Collective."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    nodes = comm.gather((socket.gethostname(), pages))
+    hosts = [host for host, _ in nodes]
+    return Machine(comm.world_size(), itemsize, min(free // hosts.count(host) for host, free in nodes))
+
+
+def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
+    """`ship` or `gram` for one matrix: what was asked, or the cheaper in bytes received of those that fit. Local.
+
+    A matrix that is stored short side first is cut across its long rows: its Gram would need columns, which costs as
+    much as shipping it.
+    """
+    rows, columns = matrix.stored_shape
+    if asked == "ship" or machine.ranks == 1 or rows < columns or solver.choose_factor(matrix.shape, r) == "eigh":
+        return "ship"
+    if asked == "gram":
+        return "gram"
+    whole = machine.itemsize * rows * columns
+    ship, gram = shipped_bytes(matrix, machine), gram_bytes(matrix, r, machine)
+    fits = whole + 8 * columns**2 <= machine.memory
+    return "ship" if (fits and ship <= gram) or rows == columns else "gram"
+
+
+def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
+    """Bytes received at the owner where the slices are equal. Local."""
+    return machine.itemsize * math.prod(matrix.stored_shape) * (machine.ranks - 1) // machine.ranks
+
+
+def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
+    """Bytes received by all ranks: lower triangles to the owner, then X to all, Y and T Y back. Local."""
+    rows, columns = matrix.stored_shape
+    width = solver.block_width(r)
+    return (machine.ranks - 1) * 8 * (columns * (columns + _TILE) // 2 + width * (2 * columns + rows // machine.ranks))
+
+
+def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
     """The owner of each matrix: longest processing time first, each to the least loaded rank. Local."""
-    load = [0] * ranks
-    owners = [0] * len(shapes)
-    for i in sorted(range(len(shapes)), key=lambda i: -_cost(shapes[i])):
+    costs = [solver.cost(matrix.shape, r) for matrix in matrices]
+    load = [0.0] * ranks
+    owners = [0] * len(matrices)
+    for i in sorted(range(len(matrices)), key=lambda i: -costs[i]):
         owners[i] = load.index(min(load))
-        load[owners[i]] += _cost(shapes[i])
+        load[owners[i]] += costs[i]
     return owners
 
 
@@ -29,36 +86,99 @@ def ship(shards: list[Shard], owners: list[int]) -> Iterator[tuple[int, torch.Te
     A rank receives out · in elements for each matrix it owns, less its own slice, and holds one matrix at a time.
     """
     rank = comm.rank()
-    sends = [
-        comm.send(shard.values, owner, tag=i)
-        for i, (shard, owner) in enumerate(zip(shards, owners, strict=True))
-        if owner != rank and len(shard.values)
-    ]
+    sends = []
+    for i, (shard, owner) in enumerate(zip(shards, owners, strict=True)):
+        if owner != rank and shard.bounds[rank] < shard.bounds[rank + 1]:
+            sends += _send(shard, shard.read(), whole_at(owner, shard.matrix), tag=i)
     for i, (shard, owner) in enumerate(zip(shards, owners, strict=True)):
         if owner == rank:
-            yield i, _receive_whole(shard, tag=i)
-    for work in sends:
-        if work is not None:
-            work.wait()
+            matrix = shard.matrix
+            W = _receive(shard, shard.read(), whole_at(owner, matrix), tag=i).view(matrix.stored_shape)
+            yield i, W.T if matrix.is_transposed else W
+    comm.wait(sends)
 
 
-def _receive_whole(shard: Shard, tag: int) -> torch.Tensor:
-    flat = torch.empty(shard.bounds[-1], dtype=shard.values.dtype)
+def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[int, solver.Solution | None]]:
+    """Yield (index, solution) of each matrix that this rank owns, by the Gram route; None where it failed. Collective.
+
+    In rounds of as many matrices as there are ranks, each with another owner: their Grams are summed first, so that the
+    owners solve side by side. A rank holds the one Gram that it owns, and a tile of another.
+    """
+    ranks = comm.world_size()
+    for first in range(0, len(shards), ranks):
+        batch = range(first, min(first + ranks, len(shards)))
+        owner = {i: (owners[first] + i - first) % ranks for i in batch}
+        parts = {i: _whole_rows(shards[i]) for i in batch}
+        sums = [_sum_gram(parts[i], owner[i]) for i in batch]
+        mine = next((solver.factor_gram(G_KK, r) for G_KK in sums if G_KK is not None), None)
+        for i in batch:
+            X_KQ = comm.broadcast(mine.start_KQ if mine and owner[i] == comm.rank() else None, owner[i])
+            Y_LQ, Z_KQ = solver.multiply(parts[i].T, X_KQ)
+            comm.sum_to(Z_KQ, owner[i])
+            Y_parts = comm.gather_rows(Y_LQ, owner[i])
+            if mine and owner[i] == comm.rank():
+                yield i, solver.finish(mine, Y_parts, Z_KQ, r, is_left=shards[i].matrix.is_transposed)
+
+
+def _whole_rows(shard: Shard) -> torch.Tensor:
+    """The stored rows that begin in this rank's slice, completed from the next slices: (rows, columns)."""
+    columns = shard.matrix.stored_shape[1]
+    wanted = [-(-bound // columns) * columns for bound in shard.bounds]
+    values = shard.read()
+    sends = _send(shard, values, wanted, tag=0)
+    rows = _receive(shard, values, wanted, tag=0).view(-1, columns)
+    comm.wait(sends)
+    return rows
+
+
+def _sum_gram(rows_PK: torch.Tensor, owner: int) -> torch.Tensor | None:
+    """The lower triangle of the Gram of all ranks' rows, fp64, at the owner; None elsewhere. Collective."""
+    k = rows_PK.shape[1]
+    G_KK = torch.zeros(k, k, dtype=torch.float64).T if owner == comm.rank() else None
+    for start in range(0, k, _TILE):
+        stop = min(start + _TILE, k)
+        tile = torch.zeros(stop - start, stop, dtype=torch.float64)
+        for part in rows_PK.split(_TILE):
+            fp64 = part[:, :stop].double()
+            tile.addmm_(fp64[:, start:].T, fp64)
+        comm.sum_to(tile, owner)
+        if G_KK is not None:
+            G_KK[start:stop, :stop] = tile
+    return G_KK
+
+
+def _send(shard: Shard, values: torch.Tensor, wanted: list[int], tag: int) -> list[comm.Work]:
+    """Start sending what other ranks want of this rank's slice."""
+    rank = comm.rank()
+    begin = shard.bounds[rank]
+    sends = []
+    for target in range(comm.world_size()):
+        start, stop = _overlap(shard.bounds, rank, wanted, target)
+        if target != rank and start < stop:
+            sends.append(comm.send(values[start - begin : stop - begin], target, tag))
+    return sends
+
+
+def _receive(shard: Shard, values: torch.Tensor, wanted: list[int], tag: int) -> torch.Tensor:
+    """What this rank wants of the flattened matrix, from the slices of all."""
+    rank = comm.rank()
+    if shard.bounds[rank] == wanted[rank] and shard.bounds[rank + 1] == wanted[rank + 1]:
+        return values
+    flat = torch.empty(wanted[rank + 1] - wanted[rank], dtype=values.dtype)
     receives = []
     for source in range(comm.world_size()):
-        part = flat[shard.bounds[source] : shard.bounds[source + 1]]
-        if source == comm.rank():
-            part.copy_(shard.values)
-        elif len(part):
+        start, stop = _overlap(shard.bounds, source, wanted, rank)
+        if start >= stop:
+            continue
+        part = flat[start - wanted[rank] : stop - wanted[rank]]
+        if source == rank:
+            part.copy_(values[start - shard.bounds[rank] : stop - shard.bounds[rank]])
+        else:
             receives.append(comm.receive(part, source, tag))
-    for work in receives:
-        if work is not None:
-            work.wait()
-    W = flat.view(shard.stored_shape)
-    return W.T if shard.is_transposed else W
+    comm.wait(receives)
+    return flat
 
 
-def _cost(shape: tuple[int, int]) -> int:
-    """Floating-point operations of a solve, about: the Gram, then the tridiagonal form of the small side."""
-    k = min(shape)
-    return 2 * max(shape) * k * k + 4 * k**3
+def _overlap(bounds: list[int], source: int, wanted: list[int], target: int) -> tuple[int, int]:
+    """The elements that one rank holds and another wants."""
+    return max(bounds[source], wanted[target]), min(bounds[source + 1], wanted[target + 1])

@@ -40,10 +40,10 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
 def _write_adapter(config: Config, checkpoint: Path, basis: Basis | None, folder: Path) -> None:
     """peft's format, fp32: A from the checkpoint, MiCA's B from the cache, never from the model's rounded copy."""
     factors = read_tensors(checkpoint)
-    modules = [name.removesuffix(".lora_A.weight") for name in factors if name.endswith(".lora_A.weight")]
     if basis is not None:
-        for module in modules:
-            factors[f"{module}.lora_B.weight"] = basis[module.removeprefix("base_model.model.")]
+        for name in list(factors):  # `….lora_A.weight`, or `….lora_embedding_A` of embeddings
+            module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
+            factors[f"base_model.model.{module}.lora_{factor.replace('A', 'B')}"] = basis[module]
     save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     description = PeftConfig.from_pretrained(str(checkpoint))
     description.inference_mode = True

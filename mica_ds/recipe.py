@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 from mica_ds import comm, figures
-from mica_ds.adapter import attach_adapter, lora_parameters, origin, restore_adapter, target_modules
-from mica_ds.basis import Basis, build_basis
+from mica_ds.adapter import attach_adapter, lora_parameters, origin, restore_adapter, stored_targets, target_modules
+from mica_ds.basis import Basis, build_basis, warnings
 from mica_ds.checkpoint import check_origin, last_checkpoint, remove_checkpoints, save_checkpoint, tensor_files
 from mica_ds.config import Config, save_config
 from mica_ds.data import build_dataset
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.export import export_checkpoint
-from mica_ds.model import count_parameters, load_model, load_tokenizer
+from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer
 from mica_ds.report import peak_rss, print_summary, rss, write_summary
+from mica_ds.shards import CheckpointSource, PartitionSource, Source
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, training_arguments
+from mica_ds.weights import open_checkpoint
 
 
 def train(config: Config) -> None:
@@ -42,7 +44,7 @@ def train(config: Config) -> None:
         if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
             save_config(config, folder / "config.yaml")
             remove_checkpoints(folder / "checkpoints")
-        basis = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
+        basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         model = attach_adapter(model, modules, config.adapter, basis)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
@@ -84,9 +86,11 @@ def basis(config: Config) -> None:
             raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
     _open_run_folder(config)
     with comm.failing_together():
-        args = training_arguments(config)
-    model, _ = _load(config)
-    _bases(config, _targets(config, model), args.seed)
+        checkpoint = open_checkpoint(config.model.path)
+        targets = stored_targets(load_skeleton(config.model), config.adapter, checkpoint)
+    found = _bases(config, CheckpointSource(targets, DTYPES[config.model.dtype]))
+    if comm.is_main():
+        figures.plot_spectrum(found.manifest, config.output_dir / "spectrum.png")
 
 
 def evaluate(config: Config) -> None:
@@ -106,7 +110,7 @@ def evaluate(config: Config) -> None:
         model = load_model(config.model)
         if checkpoint:
             modules = _targets(config, model)
-            bases = _bases(config, modules, args.seed) if config.adapter.method == "mica" else None
+            bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
             with comm.failing_together():
                 check_origin(checkpoint, origin(config.adapter, bases))
             model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
@@ -159,10 +163,13 @@ def _load(config: Config) -> tuple[Any, int]:
     return model, peak_rss() - before
 
 
-def _bases(config: Config, modules: dict[str, nn.Module], seed: int) -> Basis:
-    found = build_basis(modules, config.adapter, seed, config.output_dir / "basis")
+def _bases(config: Config, source: Source) -> Basis:
+    seed = config.train.get("seed", TrainingArguments.seed)
+    found = build_basis(source, config.adapter, config.basis, seed, config.output_dir / "basis")
     origin = f"{found.solved} solved" if found.solved else "all from the cache"
-    comm.say(f"bases: {len(modules)} matrices, r = {config.adapter.r}, {origin}, {found.seconds:.1f} s")
+    comm.say(f"bases: {len(source.matrices)} matrices, r = {config.adapter.r}, {origin}, {found.seconds:.1f} s")
+    for warning in warnings(found.manifest):
+        comm.say(f"warning: {warning}")
     return found
 
 

@@ -1,34 +1,35 @@
-"""ZeRO-3 partitions as `Shard`s, read and filled. The only module that touches DeepSpeed's `ds_*` attributes.
+"""Slices of weight matrices, from ZeRO-3's partitions or from a checkpoint's files, as the same `Shard`.
 
-DeepSpeed flattens a parameter, pads it to a multiple of the ranks and gives each rank one contiguous slice, which cuts
-rows anywhere. The padding is uninitialised memory, so nothing here reads beyond `ds_numel`.
+The only module that touches DeepSpeed's `ds_*` attributes. DeepSpeed flattens a parameter, pads it to a multiple of
+the ranks and gives each rank one contiguous slice, which cuts rows anywhere. The padding is uninitialised memory, so
+nothing here reads beyond `ds_numel`.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from mica_ds import comm
+from mica_ds.weights import StoredTensor
+
 
 @dataclass(frozen=True)
-class Shard:
-    """This rank's slice of one weight matrix."""
+class Matrix:
+    """One weight matrix of a model: a module's weight, or one expert of stacked ones."""
 
     name: str
-    """Name of the module that holds the weight."""
     stored_shape: tuple[int, int]
-    """The shape in which the weight is stored, flattened and sliced."""
+    """The shape in which it is stored, flattened and sliced."""
     is_transposed: bool
-    """Whether it is stored as (in, out), as transformers' Conv1D does."""
-    values: torch.Tensor
-    """The slice: 1-D, in the compute dtype, on the CPU, without padding; it may be the partition's own memory."""
-    bounds: list[int]
-    """Rank p holds the elements from bounds[p] up to bounds[p + 1] of the flattened weight."""
+    """Whether it is stored as (in, out), as transformers' Conv1D and embeddings are."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,32 +38,122 @@ class Shard:
         return (columns, rows) if self.is_transposed else (rows, columns)
 
 
-def linear_modules(model: Any) -> dict[str, nn.Module]:
-    """The linear modules of a model by name, without its output head: what peft's `all-linear` means. Local."""
-    head = model.get_output_embeddings()
+@dataclass(frozen=True)
+class Shard:
+    """This rank's slice of one matrix."""
+
+    matrix: Matrix
+    bounds: list[int]
+    """Rank p holds the elements from bounds[p] up to bounds[p + 1] of the flattened matrix."""
+    read: Callable[[], torch.Tensor]
+    """Returns the slice: 1-D, in the compute dtype, on the CPU; it may be the partition's own memory."""
+
+
+class Source(Protocol):
+    """Where the weights come from."""
+
+    matrices: list[Matrix]
+    dtype: torch.dtype
+    """Of the values that shards hold: the compute dtype."""
+
+    def shard(self, index: int, owner: int) -> Shard:
+        """This rank's slice of one matrix, which rank `owner` will solve. Local."""
+
+
+class PartitionSource:
+    """The weights of a model under ZeRO-3, in the ranks' memory, on their GPUs or on NVMe."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.matrices = [matrix_of(name, module) for name, module in modules.items()]
+        self._weights: list[Any] = [module.weight for module in modules.values()]
+        self.dtype: torch.dtype = self._weights[0].dtype
+
+    def shard(self, index: int, owner: int) -> Shard:
+        """This rank's partition, whoever the owner is. Local."""
+        weight = self._weights[index]
+        return Shard(self.matrices[index], _bounds(weight), functools.partial(_read_partition, weight))
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix within a stored tensor, which holds several where experts are stacked."""
+
+    matrix: Matrix
+    tensor: StoredTensor
+    offset: int = 0
+    """Where it begins in the flattened tensor, in elements."""
+
+
+class CheckpointSource:
+    """The weights in a checkpoint's files: an owner reads the whole, so nothing travels and each byte is read once."""
+
+    def __init__(self, stored: list[StoredMatrix], dtype: torch.dtype) -> None:
+        self.matrices = [entry.matrix for entry in stored]
+        self._stored = stored
+        self.dtype = dtype
+
+    def shard(self, index: int, owner: int) -> Shard:
+        """The whole matrix at its owner, nothing elsewhere. Local."""
+        matrix = self.matrices[index]
+        return Shard(matrix, whole_at(owner, matrix), functools.partial(self._read, self._stored[index], owner))
+
+    def _read(self, entry: StoredMatrix, owner: int) -> torch.Tensor:
+        if owner != comm.rank():
+            return torch.empty(0, dtype=self.dtype)
+        return entry.tensor.read(entry.offset, entry.offset + math.prod(entry.matrix.stored_shape)).to(self.dtype)
+
+
+def whole_at(owner: int, matrix: Matrix) -> list[int]:
+    """The bounds of a matrix that one rank holds whole. Local."""
+    return [0 if rank <= owner else math.prod(matrix.stored_shape) for rank in range(comm.world_size() + 1)]
+
+
+def target_candidates(model: Any) -> dict[str, nn.Module]:
+    """The modules that an adapter may go on, by name: linear ones, the output head and embeddings among them. Local."""
     return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
     }
 
 
-def weight_shape(module: Any) -> tuple[int, int]:
-    """(out, in) of a partitioned linear module. Local."""
-    rows, columns = module.weight.ds_shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+def linear_modules(model: Any) -> dict[str, nn.Module]:
+    """The linear modules without the output head: what peft's `all-linear` means. Local."""
+    head = model.get_output_embeddings()
+    candidates = target_candidates(model).items()
+    return {name: module for name, module in candidates if not isinstance(module, nn.Embedding) and module is not head}
 
 
-def read_shard(name: str, module: nn.Module) -> Shard:
-    """This rank's slice of a linear module's weight, copied to the CPU where it lies elsewhere. Local."""
-    weight: Any = module.weight
-    bounds = _bounds(weight)
-    rank = weight.ds_zero_partition_rank
+def stacked_experts(model: Any) -> dict[str, tuple[tuple[int, int, int], bool]]:
+    """Parameters that stack a mixture's experts: (experts, rows, columns), and whether each is (in, out). Local."""
+    return {
+        f"{name}.{key}": (shape, getattr(module, "is_transposed", False))
+        for name, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if len(shape := tuple(getattr(parameter, "ds_shape", parameter.shape))) == 3
+    }
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a module, partitioned or not. Local."""
+    return matrix_of("", module).shape
+
+
+def matrix_of(name: str, module: nn.Module) -> Matrix:
+    """The weight of a module. Local."""
+    return Matrix(name, *_layout(module))
+
+
+def _layout(module: Any) -> tuple[tuple[int, int], bool]:
+    """The stored shape of a module's weight, and whether that is (in, out)."""
+    shape = getattr(module.weight, "ds_shape", module.weight.shape)
+    return (shape[0], shape[1]), isinstance(module, Conv1D | nn.Embedding)
+
+
+def _read_partition(weight: Any) -> torch.Tensor:
+    bounds, rank = _bounds(weight), weight.ds_zero_partition_rank
     with _partition_in_memory(weight) as partition:
         values = partition[: bounds[rank + 1] - bounds[rank]]
         # NVMe partitions pass through a few shared buffers, which the next one overwrites.
-        values = values.to("cpu", copy=hasattr(weight, "nvme_swapper"))
-    return Shard(name, tuple(weight.ds_shape), isinstance(module, Conv1D), values, bounds)
+        return values.to("cpu", copy=hasattr(weight, "nvme_swapper"))
 
 
 def fill_partition(parameter: Any, read: Callable[[int, int], torch.Tensor]) -> None:

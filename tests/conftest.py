@@ -105,6 +105,20 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     return write
 
 
+@pytest.fixture
+def nvme_settings(tmp_path: Path) -> Path:
+    """The shipped settings for NVMe, with a folder of this machine as the disk, and buffers for small models."""
+    if not Path("/usr/include/libaio.h").is_file():
+        pytest.skip("install libaio-dev: DeepSpeed compiles its NVMe offload against it")
+    settings = json.loads((ROOT / "configs/deepspeed/zero3-offload-nvme.json").read_text())
+    for section in ("offload_param", "offload_optimizer"):
+        settings["zero_optimization"][section]["nvme_path"] = str(tmp_path)
+    settings["zero_optimization"]["offload_param"]["buffer_size"] = 4_000_000
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps(settings))
+    return file
+
+
 def environment(**variables: str) -> dict[str, str]:
     """This environment with the interpreter's own programs on PATH, and the ops that setup.sh has compiled."""
     binaries = Path(sys.executable).parent
@@ -122,17 +136,22 @@ def free_ports(number: int) -> list[int]:
 
 def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
     """Run one program to its end."""
-    return _finish([_popen(command, cwd, variables)])
+    return finish([_popen(command, cwd, variables)])
 
 
-def start_ranks(ranks: int, arguments: list[str], **variables: str) -> Finished:
+def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str) -> Finished:
     """Run `mica-ds` with these arguments as one process a rank, without a launcher that ends the others for it."""
+    return finish(launch_ranks(ranks, arguments, program, **variables))
+
+
+def launch_ranks(
+    ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str
+) -> list[subprocess.Popen[str]]:
+    """The same, without waiting for the end; `program` is another module to run."""
     port = str(free_ports(1)[0])
-    command = [sys.executable, "-m", "mica_ds", *arguments]
+    command = [sys.executable, "-m", program, *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    return _finish(
-        [_popen(command, ROOT, {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}) for rank in range(ranks)]
-    )
+    return [_popen(command, ROOT, {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}) for rank in range(ranks)]
 
 
 def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
@@ -147,7 +166,8 @@ def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subproce
     )
 
 
-def _finish(processes: list[subprocess.Popen[str]]) -> Finished:
+def finish(processes: list[subprocess.Popen[str]]) -> Finished:
+    """Wait for started processes; whatever is left of them then is killed."""
     started = time.monotonic()
     try:
         outputs = [process.communicate(timeout=LAUNCH_LIMIT)[0] for process in processes]

@@ -114,3 +114,19 @@ def test_the_first_loss_is_plain_pytorchs(
         loss = model(**inputs, use_cache=False).loss.item()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["final_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_parameters_and_optimizer_on_nvme(tiny_config: Callable[..., Path], nvme_settings: Path, tmp_path: Path) -> None:
+    assert_chain(tiny_config(deepspeed=str(nvme_settings)), tmp_path / "run")
+    assert list(tmp_path.glob("zero_stage_3/**/*.swp")), "nothing was offloaded to the disk"
+
+
+def test_embeddings_can_carry_an_adapter(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    assert_chain(tiny_config(), tmp_path / "run", "adapter.targets=[embed_tokens, q_proj, down_proj]")
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition("lora_")[2] for name in adapter} == {
+        "A.weight",
+        "B.weight",
+        "embedding_A",
+        "embedding_B",
+    }

@@ -96,7 +96,11 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
 
 
 def test_progress_is_shown_by_rank_0_alone(job: Finished, run: Path) -> None:
-    for line in ("bases: 210 matrices, r = 16, 210 solved", "knowledge (accuracy)", "mlflow server --backend-store-uri"):
+    for line in (
+        "bases: 210 matrices, r = 16, 210 solved",
+        "knowledge (accuracy)",
+        "mlflow server --backend-store-uri",
+    ):
         assert job.output.count(line) == 1
     for bar in ("bases: 100%", "evaluation: 100%", f"{STEPS}/{STEPS}"):
         assert bar in job.output

@@ -1,0 +1,78 @@
+"""A stored checkpoint: safetensors files, read by slices, without a model."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mica_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements start to stop of the flattened tensor, 1-D, as stored; reads only the rows that they touch. Local.
+
+        The file is mapped for this read alone: pages of a map that stays would count as this process's memory.
+        """
+        row = math.prod(self.shape[1:])
+        first = start // row
+        with safe_open(self.file, framework="pt") as opened:
+            rows = opened.get_slice(self.key)[first : -(-stop // row)]
+        return rows.reshape(-1)[start - first * row : stop - first * row]
+
+
+def open_checkpoint(path: Path, files: list[Path] | None = None) -> dict[str, StoredTensor]:
+    """The tensors of a transformers checkpoint (or of the given files) by name. Local.
+
+    Opening checks each file's length against its header. Raises: UserError where a file is missing or truncated.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in files or _checkpoint_files(path):
+        if not file.is_file():
+            raise UserError(f"model.path: {file} is missing; copy the checkpoint again")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - not a dict
+                    tensors[key] = StoredTensor(file, key, tuple(opened.get_slice(key).get_shape()))
+        except (SafetensorError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"model.path: {file} is truncated or damaged ({reason}); copy it again") from None
+    return tensors
+
+
+def stored_tensor(name: str, tensors: dict[str, StoredTensor], prefix: str, shape: tuple[int, ...]) -> StoredTensor:
+    """The stored tensor of a parameter; checkpoints of the bare decoder lack the base model's prefix. Local.
+
+    Raises: UserError where the checkpoint lacks it or stores it in another shape.
+    """
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    found = next((tensors[key] for key in candidates if key in tensors), None)
+    folder = next(iter(tensors.values())).file.parent
+    if found is None:
+        raise UserError(
+            f"model.path: {folder} lacks {name}: it is incomplete, "
+            "or stores the weights in another shape (mixtures of experts do), which is not supported"
+        )
+    if found.shape != shape:
+        raise UserError(f"{folder}: {name} has shape {found.shape}, but config.json asks for {shape}")
+    return found
+
+
+def _checkpoint_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "model.safetensors"]
+    try:
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"model.path: {index} is truncated or damaged; copy it again") from None

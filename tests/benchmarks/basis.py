@@ -1,0 +1,451 @@
+"""What the basis engine takes, against what peft does today and against the floor of one factorisation.
+
+    python tests/benchmarks/basis.py [--only ROW ...] [--out FILE.json]
+
+Both sides of a ratio run in the same processes with the same threads, one after the other. A time is the slowest
+rank's, the best of 2 where it is below 10 s, of one run otherwise, after a small solve and a small SVD to warm up.
+The weights are trained-like (see `trained_like`) but for SmolLM2's, which are real. A checkpoint is read from the page
+cache; what stock code takes to read it is left out.
+
+Rows:
+    4096x4096, 14336x4096, 4096x14336   one matrix in one process, on one thread and on all cores; its floor is the
+                                        fastest of LU (where square; of others it gives no inverse), QR of the long
+                                        side, and a symmetric fp64 Gram with Cholesky
+    smollm2                             all its linear layers under ZeRO-3, 2 ranks x 1 thread
+    llama8b                             the 7 matrices of a Llama-3-8B layer from a file, 1 and 2 ranks x 1 thread
+    llama70b                            the same of a Llama-3-70B layer with the memory of a rank, and the schedule of
+                                        the whole model on 2 to 1024 ranks, by rates of work measured on the spot
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from mica_ds import comm, solver
+
+ROOT = Path(__file__).resolve().parents[2]
+R = 16
+LONG = 10.0  # seconds from which one run is enough
+GIB = 1 << 30
+MEMORY_LIMIT = 6 * GIB
+
+Shape = tuple[int, int]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One ratio: how many times faster ours is, or how much more it takes where `is_limit`."""
+
+    work: str
+    against: str
+    layout: str
+    ours: float
+    other: float
+    bound: float | None = None
+    is_limit: bool = False
+    unit: str = "s"
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.other if self.is_limit else self.other / self.ours
+
+    @property
+    def target(self) -> str:
+        return "" if self.bound is None else f"{'at most' if self.is_limit else 'at least'} {self.bound:g}"
+
+    @property
+    def verdict(self) -> str:
+        if self.bound is None:
+            return ""
+        return "yes" if (self.ratio <= self.bound if self.is_limit else self.ratio >= self.bound) else "NO"
+
+
+def llama_layer(hidden: int, key_value: int, intermediate: int) -> dict[str, Shape]:
+    """The (out, in) shapes of a Llama layer by name."""
+    attention = {"q_proj": hidden, "k_proj": key_value, "v_proj": key_value, "o_proj": hidden}
+    mlp = {"gate_proj": (intermediate, hidden), "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}
+    return {name: (out, hidden) for name, out in attention.items()} | mlp
+
+
+LLAMA_8B = llama_layer(4096, 1024, 14336)
+LLAMA_70B = llama_layer(8192, 1024, 28672)
+
+
+def trained_like(shape: Shape, seed: int) -> torch.Tensor:
+    """A weight in bf16 with the spectrum of a trained one, roughly: a bulk whose rows and columns differ a little in
+    scale, and 64 outlier directions that fall from 30 times the bulk's edge to twice."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = functools.partial(torch.randn, generator=generator)
+    rows, columns = ((0.1 * draw(size)).exp() for size in shape)
+    edge = shape[0] ** 0.5 + shape[1] ** 0.5
+    U, V = (torch.linalg.qr(draw(size, 64)).Q for size in shape)
+    U *= torch.logspace(1, 0, 64, base=15.0) * 2 * edge
+    W = torch.empty(shape, dtype=torch.bfloat16)
+    for start in range(0, shape[0], 1024):  # in chunks, to save memory
+        part = slice(start, start + 1024)
+        bulk = draw(len(W[part]), shape[1]) * columns * rows[part, None]
+        W[part] = bulk.addmm_(U[part], V.T) * 0.02  # roughly as large as trained weights are
+    return W
+
+
+# What the rank processes run: each returns its figures, which rank 0 passes on. What imports DeepSpeed is imported
+# inside these, after `comm.start`.
+
+
+def timed(work: Callable[..., object], prepare: Callable[[], tuple[Any, ...]] = tuple, runs: int = 2) -> float:
+    """Seconds that the slowest rank takes for `work(*prepare())`, the best of some short runs. Collective."""
+    best = float("inf")
+    for _ in range(runs):
+        arguments = prepare()
+        comm.barrier()
+        started = time.perf_counter()
+        work(*arguments)
+        seconds = max(comm.gather(time.perf_counter() - started))
+        best = min(best, seconds)
+        if seconds >= LONG:
+            break
+    return best
+
+
+def stock_svd(W_MN: torch.Tensor) -> torch.Tensor:
+    """What peft calls for each weight."""
+    return torch.linalg.svd(W_MN.float(), full_matrices=False)[0]
+
+
+def warm_up() -> None:
+    """Load the libraries and start their threads."""
+    for shape in ((640, 640), (1536, 768)):
+        W = trained_like(shape, seed=0)
+        solver.solve(W, R)
+        stock_svd(W)
+
+
+def time_matrix(_: Path, out: int, into: int) -> Found:
+    """Ours, the SVD and the floors of one fp32 matrix."""
+    W = trained_like((out, into), seed=0).float()
+    found = {"ours": timed(lambda: solver.solve(W, R)), "floors": time_floors(W)}
+    solution = solver.solve(W, R)
+    known = {key: getattr(solution, key) for key in ("factor", "unconverged", "relative_gap", "residual")}
+    return {**found, **known, "svd": timed(lambda: stock_svd(W))}
+
+
+def time_floors(W_MN: torch.Tensor) -> dict[str, float]:
+    """Seconds of each factorisation alone, casts left out."""
+    T_KL = W_MN if W_MN.shape[0] <= W_MN.shape[1] else W_MN.T
+    T64_LK = T_KL.double().contiguous().numpy().T
+    G_KK = np.zeros((len(T_KL), len(T_KL)), order="F")
+
+    def gram_cholesky() -> None:
+        G = scipy.linalg.blas.dsyrk(1.0, T64_LK, c=G_KK, trans=True, lower=True, overwrite_c=True)
+        assert scipy.linalg.lapack.dpotrf(G, lower=True, overwrite_a=True, clean=False)[1] == 0
+
+    floors = {
+        "torch.linalg.qr": timed(lambda: torch.linalg.qr(T_KL.T, mode="r")),
+        "dsyrk and dpotrf": timed(gram_cholesky),
+    }
+    if W_MN.shape[0] == W_MN.shape[1]:
+        floors["torch.linalg.lu_factor"] = timed(lambda: torch.linalg.lu_factor(W_MN))
+        in_place = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
+        floors["sgetrf"] = timed(in_place, lambda: (W_MN.clone().numpy().T,))
+    return floors
+
+
+def time_smollm2(folder: Path) -> Found:
+    """Ours and peft's initialisation of one partitioned model."""
+    from peft import LoraConfig, get_peft_model
+
+    from mica_ds.adapter import target_modules
+    from mica_ds.basis import build_basis
+    from mica_ds.config import load_config
+    from mica_ds.model import load_model
+    from mica_ds.shards import PartitionSource
+    from mica_ds.trainer import training_arguments
+
+    overrides = [f"model.path={ROOT}/models/smollm2-135m", f"output_dir={folder}/run", f"adapter.r={R}"]
+    config = load_config(ROOT / "configs/demonstration.yaml", overrides)
+    _arguments = training_arguments(config)  # alive while the model is built: zero.Init takes its settings from it
+    model = load_model(config.model)
+    source = PartitionSource(target_modules(model, config.adapter))
+    ours = timed(functools.partial(build_basis, source, config.adapter, config.basis, 0), empty_folders(folder))
+    stock = LoraConfig(r=R, target_modules="all-linear", init_lora_weights="mica", task_type="CAUSAL_LM")
+    peft = timed(lambda: get_peft_model(model, stock), runs=1)  # one: it changes the model
+    return {"ours": ours, "peft": peft, "matrices": records(folder)}
+
+
+def time_layer(folder: Path, file: str, other: str = "") -> Found:
+    """Ours of the matrices in a file, with the memory of each rank, and what it is set against: svd or schedule."""
+    from mica_ds.basis import build_basis
+    from mica_ds.config import AdapterSettings, BasisSettings
+    from mica_ds.shards import CheckpointSource, Matrix, StoredMatrix
+    from mica_ds.weights import open_checkpoint
+
+    tensors = open_checkpoint(folder, [Path(file)]).items()
+    stored = [StoredMatrix(Matrix(name, (t.shape[0], t.shape[1]), is_transposed=False), t) for name, t in tensors]
+    source = CheckpointSource(stored, torch.bfloat16)
+    build = functools.partial(build_basis, source, AdapterSettings(r=R), BasisSettings(), 0)
+    loaded = comm.gather(memory("VmRSS"))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    found: Found = {"ours": timed(build, empty_folders(folder)), "loaded": loaded}
+    found |= {"peak": comm.gather(memory("VmHWM")), "matrices": records(folder)}
+    if other == "svd":
+        weights = load_file(file).values()  # every rank does all, as in peft
+        found["svd"] = timed(lambda: [stock_svd(W) for W in weights])
+    if other == "schedule":
+        rates = measure_rates()
+        found |= {"rates": rates, "predicted": simulate(1, comm.world_size(), rates)["seconds"]}
+        found["schedule"] = [simulate(80, 1 << doublings, rates) for doublings in range(1, 11)]
+    return found
+
+
+def empty_folders(folder: Path) -> Callable[[], tuple[Path]]:
+    """Another name at each call, the same on all ranks."""
+    numbers = itertools.count()
+    return lambda: (folder / f"bases-{comm.world_size()}-{next(numbers)}",)
+
+
+def records(folder: Path) -> list[Found]:
+    """What the first manifest says of each matrix."""
+    return json.loads((folder / f"bases-{comm.world_size()}-0" / "manifest.json").read_text())["matrices"]
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS, now, or VmHWM, at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measure_rates() -> dict[str, float]:
+    """What a rank does a second of each kind of work that `solver.work` counts, while all are busy. Collective."""
+    k, long = 4096, 8192
+    T_KL = trained_like((k, long), seed=0)
+    G_KK = solver.gram(T_KL)
+    L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK, lower=True))
+    X_KQ = torch.randn(k, solver.block_width(R), dtype=torch.float64)
+    small = G_KK[:1024, :1024].copy()
+
+    def apply_inverse() -> None:
+        Y_KQ = torch.linalg.solve_triangular(L_KK, X_KQ, upper=False)
+        torch.linalg.solve_triangular(L_KK.T, Y_KQ, upper=True)
+
+    getrf = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
+    potrf = functools.partial(scipy.linalg.lapack.dpotrf, lower=True, overwrite_a=True, clean=False)
+    return {
+        "lu": 2 / 3 * k**3 / timed(getrf, lambda: (T_KL[:, :k].float().numpy().T,)),
+        "gram": long * k**2 / timed(lambda: solver.gram(T_KL)),
+        "cholesky": k**3 / 3 / timed(potrf, lambda: (G_KK.copy(order="F"),)),
+        "eigh": 4 / 3 * 1024**3 / timed(lambda: scipy.linalg.eigh(small, subset_by_index=[0, R])),
+        "bytes": 8 * k**2 / timed(apply_inverse),  # the lower triangle twice
+    }
+
+
+def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
+    """The schedule of some layers of Llama-3-70B from ZeRO-3's slices: loads by measured rates, bytes received. Local.
+
+    The owners are those that the engine assigns, by its own fixed rates.
+    """
+    from mica_ds import exchange
+    from mica_ds.shards import Matrix
+
+    machine = exchange.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT)
+    matrices = [Matrix(f"{i}.{name}", shape, False) for i in range(layers) for name, shape in LLAMA_70B.items()]
+    load, received, routes = [0.0] * ranks, [0] * ranks, []
+    for matrix, owner in zip(matrices, exchange.assign_owners(matrices, R, ranks), strict=True):
+        routes.append(exchange.choose_route(matrix, R, machine))
+        is_shipped = routes[-1] == "ship"
+        load[owner] += sum(amount / rates[kind] for kind, amount in solver.work(matrix.shape, R).items())
+        received[owner] += (
+            exchange.shipped_bytes(matrix, machine) if is_shipped else exchange.gram_bytes(matrix, R, machine)
+        )
+    return {
+        "ranks": ranks,
+        "seconds": max(load),
+        "balance": sum(load) / ranks / max(load),
+        "bytes": sum(received),
+        "most_received": max(received),
+        "by_gram": routes.count("gram"),
+    }
+
+
+RANK_WORKS: dict[str, Callable[..., Found]] = {
+    function.__name__: function for function in (time_matrix, time_smollm2, time_layer)
+}
+
+
+def run_rank(work: str, folder: Path, arguments: Found) -> None:
+    """One rank process, from start to exit."""
+
+    def main() -> None:
+        warm_up()
+        found = RANK_WORKS[work](folder, **arguments)
+        if comm.is_main():
+            (folder / "found.json").write_text(json.dumps(found))
+
+    comm.run(main)
+
+
+# What the command itself does: a function a row.
+
+
+def run_ranks(work: Callable[..., Found], folder: Path, ranks: int, threads: int, **arguments: Any) -> Found:
+    """Run one of the works above as so many processes, and return what rank 0 found."""
+    say(f"{work.__name__} {arguments or ''} on {ranks} x {threads} ...")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, __file__, "--as-rank", work.__name__, str(folder), json.dumps(arguments)]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **group, "OMP_NUM_THREADS": str(threads)}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=sys.stderr,  # the table alone goes to stdout
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        if any(process.wait() for process in processes):
+            raise SystemExit(f"{work.__name__} failed")
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads((folder / "found.json").read_text())
+
+
+def one_matrix(shape: Shape, least: float, folder: Path) -> tuple[list[Row], Any]:
+    rows, found = [], {}
+    for threads in sorted({1, cores()}):
+        times = run_ranks(time_matrix, folder, 1, threads, out=shape[0], into=shape[1])
+        work, layout = f"{shape[0]} x {shape[1]}", f"1 x {threads}"
+        floor = min(times["floors"], key=times["floors"].__getitem__)
+        rows += [
+            Row(work, "torch.linalg.svd", layout, times["ours"], times["svd"], bound=least),
+            Row(work, f"floor: {floor}", layout, times["ours"], times["floors"][floor], bound=1.6, is_limit=True),
+        ]
+        found[layout] = times
+    return rows, found
+
+
+def smollm2(folder: Path) -> tuple[list[Row], Any]:
+    found = run_ranks(time_smollm2, folder, 2, 1)
+    return [Row("SmolLM2 under ZeRO-3", "peft's init", "2 x 1", found["ours"], found["peft"], bound=8)], found
+
+
+def llama8b(folder: Path) -> tuple[list[Row], Any]:
+    file = write_layer(LLAMA_8B, folder)
+    two = run_ranks(time_layer, folder, 2, 1, file=file, other="svd")
+    one = run_ranks(time_layer, folder, 1, 1, file=file)
+    rows = [
+        Row("Llama-3-8B layer", "torch.linalg.svd, every rank all", "2 x 1", two["ours"], two["svd"], bound=10),
+        Row("Llama-3-8B layer", "itself on 1 x 1", "2 x 1", two["ours"], one["ours"], bound=1.8),
+    ]
+    return rows, {"2 x 1": two, "1 x 1": one}
+
+
+def llama70b(folder: Path) -> tuple[list[Row], Any]:
+    found = run_ranks(time_layer, folder, 2, 1, file=write_layer(LLAMA_70B, folder), other="schedule")
+    work, layout, peak = "Llama-3-70B layer", "2 x 1", max(found["peak"])
+    growth = max(map(int.__sub__, found["peak"], found["loaded"]))
+    rows = [
+        Row(work, "what the schedule predicts", layout, found["ours"], found["predicted"], is_limit=True),
+        Row(f"{work}: peak of a rank", "6 GiB", layout, peak / GIB, 6, bound=1, is_limit=True, unit="GiB"),
+        Row(f"{work}: growth of a rank", "6 GiB", layout, growth / GIB, 6, is_limit=True, unit="GiB"),
+    ]
+    return rows, found
+
+
+def write_layer(shapes: dict[str, Shape], folder: Path) -> str:
+    """A layer's weights in bf16 as a safetensors file."""
+    file = folder / "layer.safetensors"
+    say(f"writing {file} ...")
+    save_file({name: trained_like(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}, file)
+    return str(file)
+
+
+ROWS: dict[str, Callable[[Path], tuple[list[Row], Any]]] = {
+    "4096x4096": functools.partial(one_matrix, (4096, 4096), 10),
+    "14336x4096": functools.partial(one_matrix, (14336, 4096), 5),
+    "4096x14336": functools.partial(one_matrix, (4096, 14336), 5),
+    "smollm2": smollm2,
+    "llama8b": llama8b,
+    "llama70b": llama70b,
+}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def machine() -> Found:
+    """What the figures belong to."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"cpu": model, "cores": cores(), "torch": torch.__version__, "scipy": scipy.__version__}
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_tables(rows: list[Row], schedule: list[Found], described: Found) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(title=", ".join(f"{key} {value}" for key, value in described.items()))
+    for column in ("work", "against", "ranks x threads", "ours", "other", "ratio", "target", "met"):
+        table.add_column(column, justify="right" if column in ("ours", "other", "ratio") else "left")
+    for row in rows:
+        values = (f"{value:.2f} {row.unit}" for value in (row.ours, row.other))
+        table.add_row(row.work, row.against, row.layout, *values, f"{row.ratio:.2f} x", row.target, row.verdict)
+    console.print(table)
+    if schedule:
+        table = Table("ranks", "seconds", "balance", "GiB moved", "most at one rank", "by Gram", title="Llama-3-70B")
+        for entry in schedule:
+            moved = (f"{entry[key] / GIB:.2f}" for key in ("bytes", "most_received"))
+            numbers = f"{entry['seconds']:.1f}", f"{entry['balance']:.3f}", *moved
+            table.add_row(str(entry["ranks"]), *numbers, str(entry["by_gram"]))
+        console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the same figures, and more, as JSON")
+    parser.add_argument("--as-rank", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.as_rank:
+        work, folder, arguments = options.as_rank
+        run_rank(work, Path(folder), json.loads(arguments))
+    rows: list[Row] = []
+    details: Found = {}
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as temporary:
+            found = ROWS[name](Path(temporary))
+        rows += found[0]
+        details[name] = found[1]
+    print_tables(rows, details.get("llama70b", {}).get("schedule", []), machine())
+    if options.out:
+        kept = [{**dataclasses.asdict(row), "ratio": row.ratio, "met": row.verdict} for row in rows]
+        options.out.write_text(json.dumps({"machine": machine(), "rows": kept, "details": details}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""A program for the tests: the bases of a config from ZeRO-3's partitions, and what they cost in memory and traffic."""
+
+import json
+import sys
+from pathlib import Path
+
+from mica_ds import comm
+
+
+def main() -> None:
+    from mica_ds.adapter import target_modules  # these import DeepSpeed, which wants to be started first
+    from mica_ds.basis import build_basis
+    from mica_ds.config import load_config
+    from mica_ds.model import load_model
+    from mica_ds.shards import PartitionSource
+    from mica_ds.trainer import training_arguments
+
+    config = load_config(Path(sys.argv[1]), sys.argv[2:])
+    arguments = training_arguments(config)  # kept alive: zero.Init reads its DeepSpeed settings
+    model = load_model(config.model)
+    source = PartitionSource(target_modules(model, config.adapter))
+    comm.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before, traffic = _peak(), _received()
+    comm.barrier()
+    build_basis(source, config.adapter, config.basis, arguments.seed, config.output_dir / "basis")
+    comm.barrier()
+    grown = comm.gather(_peak() - before)
+    if comm.is_main():
+        costs = {"received": _received() - traffic, "grown": grown}
+        (config.output_dir / "costs.json").write_text(json.dumps(costs))
+
+
+def _peak() -> int:
+    """The most memory since the last reset, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def _received() -> int:
+    """Bytes that the loopback interface has received: what all ranks of this machine have, whoever sent it how."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[0])
+
+
+if __name__ == "__main__":
+    comm.run(main)
