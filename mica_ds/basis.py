@@ -240,13 +240,13 @@ class _Progress:
 
     def _show(self) -> None:
         interval = 0.5 if sys.stderr.isatty() else 10.0  # a log is not a terminal
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
-        with tqdm(total=self._total, desc="bases", bar_format=layout, mininterval=0) as bar:
+        layout = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
+        with tqdm(total=self._total, desc="bases", bar_format=layout) as bar:
             while True:
                 is_over = self._is_over.wait(interval)
                 solved, cost = divmod(comm.count(self._key) % _FAILED, _ONE)
-                bar.postfix = f"{solved}/{self._matrices} matrices"
-                bar.update(cost - bar.n)
+                bar.set_description_str(f"bases: {solved}/{self._matrices} matrices", refresh=False)
+                bar.n = cost
                 bar.refresh()
                 if is_over:
                     return

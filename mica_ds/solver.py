@@ -123,14 +123,14 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
     T_KL = W_MN if m <= n else W_MN.T
     T64_KL = T_KL.double() if T_KL.numel() <= _SMALL_ENTRIES else T_KL
     first = choose_factor((m, n), r)
-    if factor and k > _SMALL_SIDE and (factor != "lu" or m == n):
+    if factor and k > max(_SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or m == n):
         first = factor
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
         try:
             factored = _factorise(T_KL, r, attempt)
             minor, is_converged = _refine(T64_KL, factored, r)
-        except np.linalg.LinAlgError:
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
             is_converged = False
         if is_converged:
             break
@@ -308,11 +308,13 @@ def _krylov(
         new = slice((step - 1) * width, step * width)
         basis[:, new] = block
         Y = operator(block)
-        for _ in range(2):
-            coefficients = known.T @ Y
-            Y = Y.addmm(known, coefficients, alpha=-1)
-            H[: step * width, new] += coefficients
-        block, next_coefficients = torch.linalg.qr(Y)
+        coefficients = known.T @ Y
+        block, first = torch.linalg.qr(Y.addmm(known, coefficients, alpha=-1))
+        # Again, now that the columns are of length 1: where Y vanished (the space is exhausted), they are noise.
+        missed = known.T @ block
+        block, second = torch.linalg.qr(block.addmm(known, missed, alpha=-1))
+        H[: step * width, new] = coefficients + missed @ first
+        next_coefficients = second @ first
         if step < min(next_check, steps):
             continue
         next_check = step + 1 + step // 5  # the decomposition below grows with the cube of the step
@@ -375,8 +377,14 @@ def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int) -
     E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
     E_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ E_KR)
     size = float(D_KR.norm())
-    angle = size / max(1 - float(E_KR.norm()) / max(size, 1e-300), 1e-3)
-    return angle <= max(TOLERANCE, 1e-7 / max(ritz.gap(r), 1e-6))
+    # On the long side the error is Tᵀ D / σ: its part along σ_j grows by σ_j / σ. And ‖Tᵀ d‖² is residual · d.
+    residual_KR, sigma = ritz.residual_KR(r), ritz.sigma[-r:].clamp(min=_NEGLIGIBLE * factored.sigma_max)
+    long_side = float(((residual_KR * D_KR).sum(dim=0).clamp(min=0) / sigma**2).sum().sqrt())
+    angle = max(size, long_side) / max(1 - float(E_KR.norm()) / max(size, 1e-300), 1e-3)
+    # The energy by which the left vectors of a tall W exceed the least.
+    excess = float((residual_KR.square().sum(dim=0) / sigma**2).sum())
+    allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * torch.finfo(torch.float32).eps * factored.sigma_max) ** 2
+    return angle <= max(TOLERANCE, 1e-7 / max(ritz.gap(r), 1e-6)) and excess <= allowed
 
 
 def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unconverged: list[Factor]) -> Solution:
