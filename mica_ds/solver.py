@@ -128,7 +128,7 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
         try:
-            factored = _factorise(T_KL, r, attempt)
+            factored = _factorise(T_KL if attempt == "lu" else T64_KL, r, attempt)
             minor, is_converged = _refine(T64_KL, factored, r)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
             is_converged = False
@@ -317,7 +317,7 @@ def _krylov(
         next_coefficients = second @ first
         if step < min(next_check, steps):
             continue
-        next_check = step + 1 + step // 5  # the decomposition below grows with the cube of the step
+        next_check = step + 1 + step // 8  # the decomposition below grows with the cube of the step
         values, vectors = torch.linalg.eigh(H[: step * width, : step * width], UPLO="U")
         errors = (next_coefficients @ vectors[-width:, -wanted:]).norm(dim=0)
         if (errors <= tolerance * values[-wanted:].abs()).all():
@@ -374,17 +374,19 @@ def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int) -
     """
     if float(ritz.residual_KR(r).norm()) <= 8 * _EPS64 * factored.sigma_max**2:
         return True
-    E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
-    E_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ E_KR)
+    bound = max(TOLERANCE, 1e-7 / max(ritz.gap(r), 1e-6))
     size = float(D_KR.norm())
     # On the long side the error is Tᵀ D / σ: its part along σ_j grows by σ_j / σ. And ‖Tᵀ d‖² is residual · d.
     residual_KR, sigma = ritz.residual_KR(r), ritz.sigma[-r:].clamp(min=_NEGLIGIBLE * factored.sigma_max)
     long_side = float(((residual_KR * D_KR).sum(dim=0).clamp(min=0) / sigma**2).sum().sqrt())
-    angle = max(size, long_side) / max(1 - float(E_KR.norm()) / max(size, 1e-300), 1e-3)
     # The energy by which the left vectors of a tall W exceed the least.
     excess = float((residual_KR.square().sum(dim=0) / sigma**2).sum())
     allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * torch.finfo(torch.float32).eps * factored.sigma_max) ** 2
-    return angle <= max(TOLERANCE, 1e-7 / max(ritz.gap(r), 1e-6)) and excess <= allowed
+    if max(size, long_side) > bound or excess > allowed:
+        return False  # before the two solves of the estimate
+    E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
+    E_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ E_KR)
+    return max(size, long_side) <= bound * max(1 - float(E_KR.norm()) / max(size, 1e-300), 1e-3)
 
 
 def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unconverged: list[Factor]) -> Solution:
