@@ -67,16 +67,21 @@ def stored_targets(
         adapter = adapter.model_copy(update={"targets": rest})
     modules = target_modules(model, adapter) if adapter.targets else {}
     prefix = model.base_model_prefix
+    stored_names = {id(parameter): name for name, parameter in model.named_parameters()}  # tied ones under one name
     found = []
     for name, module in modules.items():
-        matrix = matrix_of(name, module)
-        found.append(StoredMatrix(matrix, stored_tensor(f"{name}.weight", checkpoint, prefix, matrix.stored_shape)))
+        matrix, stored_name = matrix_of(name, module), stored_names[id(module.weight)]
+        found.append(StoredMatrix(matrix, stored_tensor(stored_name, checkpoint, prefix, matrix.stored_shape)))
     for name, (shape, is_transposed) in experts.items():
+        if is_transposed is None:
+            raise UserError(f"adapter.targets: transformers does not say how {name} stores its experts; leave it out")
         tensor = stored_tensor(name, checkpoint, prefix, shape)
         for expert in range(shape[0]):
             matrix = Matrix(f"{name}.{expert}", shape[1:], is_transposed)
             _check_r(matrix.name, matrix.shape, adapter)
             found.append(StoredMatrix(matrix, tensor, expert * shape[1] * shape[2]))
+    if not found:
+        raise UserError("adapter.targets chooses no weight of this model")
     return found
 
 
@@ -122,7 +127,8 @@ def origin(adapter: AdapterSettings, basis: Basis | None) -> dict[str, Any]:
     """What a checkpoint of this adapter belongs to. Local."""
     if basis is None:
         return {"method": adapter.method, **({"r": adapter.r} if adapter.method == "lora" else {})}
-    return {"method": adapter.method, "r": adapter.r, **{k: basis.manifest[k] for k in ("subspace", "fingerprint")}}
+    described = {key: basis.manifest[key] for key in ("subspace", "fingerprint", "digest")}
+    return {"method": adapter.method, "r": adapter.r, **described}
 
 
 def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:

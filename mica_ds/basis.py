@@ -5,6 +5,7 @@ so an interrupted run goes on where it stopped. `manifest.json` is written last,
 cache may work on it at once: a file is replaced whole, and only by one that serves more.
 """
 
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -15,6 +16,8 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ class Basis:
     """The bases in a cache, read when they are asked for."""
 
     folder: Path
+    r: int
     manifest: dict[str, Any]
     solved: int
     """Matrices solved now; the others came from the cache."""
@@ -44,8 +48,9 @@ class Basis:
     def __getitem__(self, name: str) -> torch.Tensor:
         """B (out, r) of a module, fp32: the last columns of a larger minor basis, the first of a principal one."""
         with safe_open(_file(self.folder, name), framework="pt") as stored:
-            B_MR, r = stored.get_tensor(name), self.manifest["r"]
-        return B_MR[:, :r].contiguous() if self.manifest["subspace"] == "principal" else B_MR[:, -r:].contiguous()
+            B_MR = stored.get_tensor(name)
+        is_principal = self.manifest["subspace"] == "principal"
+        return (B_MR[:, : self.r] if is_principal else B_MR[:, -self.r :]).contiguous()
 
 
 def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSettings, seed: int, folder: Path) -> Basis:
@@ -75,26 +80,31 @@ def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSetting
     with comm.failing_together():
         found = {matrix.name: _await_record(folder, matrix.name, wanted) for matrix in source.matrices}
         _refuse_others(folder, found, fingerprints)  # another job may have written meanwhile
-    seconds = time.perf_counter() - start
-    if comm.is_main():
-        _write_manifest(folder / "manifest.json", list(found.values()), wanted, seconds)
-    comm.barrier()
-    return Basis(folder, json.loads((folder / "manifest.json").read_text()), len(missing), seconds)
+    seconds = max(comm.gather(time.perf_counter() - start))
+    manifest = _manifest(list(found.values()), wanted, seconds)
+    with comm.failing_together():
+        if comm.is_main():
+            _write_manifest(folder / "manifest.json", manifest)
+    return Basis(folder, adapter.r, manifest, len(missing), seconds)
 
 
-def load_basis(folder: Path) -> Basis:
-    """The bases that an earlier run left in `folder`. Local. Raises: UserError where they are missing."""
+def load_basis(folder: Path, r: int) -> Basis:
+    """The bases of rank `r` that an earlier run left in `folder`. Local. Raises: UserError where they are missing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no finished bases; run `mica-ds basis` or `mica-ds train` first") from None
-    return Basis(folder, manifest, solved=0, seconds=0.0)
+    if manifest["r"] < r:
+        raise UserError(f"{folder} holds bases of r = {manifest['r']}, which is less than adapter.r={r}")
+    return Basis(folder, r, manifest, solved=0, seconds=0.0)
 
 
 def warnings(manifest: dict[str, Any]) -> list[str]:
     """What a user should know of the bases, one line each. Local."""
     records = manifest["matrices"]
     eps = torch.finfo(torch.float32).eps
+    if manifest["subspace"] != "minor":
+        return []
     deficient = [r for r in records if r["sigma_minor"][-1] <= eps * r["sigma_max"]]
     # Rounding W to fp32 turns such a basis by a tenth of a radian or more.
     loose = [
@@ -142,7 +152,10 @@ def _solve(
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     machine = exchange.measure_machine(source.dtype.itemsize)
-    routes = {i: exchange.choose_route(source.matrices[i], wanted.r, machine, settings.exchange) for i in missing}
+    # A file's reader has the whole matrix; and a Gram gives the minor vectors alone.
+    may_sum = source.is_sliced and wanted.subspace == "minor" and settings.factor in ("auto", "gram")
+    asked = settings.exchange if may_sum else "ship"
+    routes = {i: exchange.choose_route(source.matrices[i], wanted.r, machine, asked) for i in missing}
     with _Progress([source.matrices[i] for i in missing], wanted.r) as progress:
         fingerprints, failed = _solve_by_gram(
             source, [i for i in missing if routes[i] == "gram"], wanted, folder, progress
@@ -157,29 +170,37 @@ def _solve_shipped(
 ) -> dict[str, str]:
     matrices = [source.matrices[i] for i in chosen]
     owners = exchange.assign_owners(matrices, wanted.r, comm.world_size())
-    fingerprints = {}
+    fingerprints: dict[str, str] = {}
     error: Exception | None = None
-    for i, W in exchange.ship([source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)], owners):
-        if progress.has_failed():
-            continue  # not break: others may still be sending to this rank
-        matrix, started = matrices[i], time.perf_counter()
+    for i, receive in exchange.ship([source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)], owners):
         try:
-            factor = None if settings.factor == "auto" else settings.factor
-            solution = solver.solve(W, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
-            stored = (W.T if matrix.is_transposed else W).reshape(-1)
-            fingerprints[matrix.name] = _describe(matrix, stored.dtype, int(_mixed_sum(stored, 0)))
-            seconds = time.perf_counter() - started
-            _write(folder, matrix, solution, wanted, fingerprints[matrix.name], seconds, "ship")
-        except Exception as raised:
-            is_not_finite = isinstance(raised, ValueError)
-            message = f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again"
-            error = UserError(message) if is_not_finite else raised
+            fingerprints |= _solve_one(matrices[i], receive(), wanted, settings, folder, skip=progress.has_failed())
+        except Exception as raised:  # go on: others may still be sending to this rank
+            error = error or raised
             progress.fail()
-        progress.advance(matrix)
+        progress.advance(matrices[i])
     with comm.failing_together():
         if error:
             raise error
     return {name: value for theirs in comm.gather(fingerprints) for name, value in theirs.items()}
+
+
+def _solve_one(
+    matrix: Matrix, W: torch.Tensor, wanted: _Wanted, settings: BasisSettings, folder: Path, skip: bool
+) -> dict[str, str]:
+    """Solve a matrix, write it, and return its fingerprint by name; `skip` where it was only to be received."""
+    if skip:
+        return {}
+    started = time.perf_counter()
+    factor = None if settings.factor == "auto" else settings.factor
+    try:
+        solution = solver.solve(W, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
+    except solver.NotFiniteError:
+        raise UserError(f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again") from None
+    stored = (W.T if matrix.is_transposed else W).reshape(-1)
+    fingerprint = _describe(matrix, stored.dtype, int(_mixed_sum(stored, 0)))
+    _write(folder, matrix, solution, wanted, fingerprint, time.perf_counter() - started, "ship")
+    return {matrix.name: fingerprint}
 
 
 def _solve_by_gram(
@@ -189,15 +210,23 @@ def _solve_by_gram(
     fingerprints = _fingerprints(source, chosen, wanted.r)
     owners = [place % comm.world_size() for place in range(len(chosen))]
     shards = [source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)]
-    failed = set()
+    failed: set[int] = set()
+    error: Exception | None = None
     started = time.perf_counter()
     for place, solution in exchange.sum_grams(shards, owners, wanted.r):
-        matrix = source.matrices[chosen[place]]
+        matrix, seconds = source.matrices[chosen[place]], time.perf_counter() - started
         if solution is None:
             failed.add(chosen[place])
-            continue
-        _write(folder, matrix, solution, wanted, fingerprints[matrix.name], time.perf_counter() - started, "gram")
-        progress.advance(matrix)
+        else:
+            try:
+                _write(folder, matrix, solution, wanted, fingerprints[matrix.name], seconds, "gram")
+            except UserError as raised:  # go on: the others sum with this rank
+                error = error or raised
+            progress.advance(matrix)
+        started = time.perf_counter()
+    with comm.failing_together():
+        if error:
+            raise error
     return fingerprints, set().union(*comm.gather(failed))
 
 
@@ -205,8 +234,8 @@ def _seed(wanted: _Wanted, matrix: Matrix) -> int:
     return wanted.seed + zlib.crc32(matrix.name.encode())
 
 
-# One number that all ranks share: failures, solved matrices and their costs (µs), in one count a matrix.
-_FAILED, _ONE = 1 << 56, 1 << 40
+# One number that all ranks share: failures, solved matrices and their costs (ms), in one count a matrix.
+_FAILED, _ONE = 1 << 50, 1 << 34
 
 
 class _Progress:
@@ -236,7 +265,7 @@ class _Progress:
         return self._state >= _FAILED
 
     def _cost(self, matrix: Matrix) -> int:
-        return 1 + int(1e6 * solver.cost(matrix.shape, self._r))
+        return 1 + int(1e3 * solver.cost(matrix.shape, self._r))
 
     def _show(self) -> None:
         interval = 0.5 if sys.stderr.isatty() else 10.0  # a log is not a terminal
@@ -315,7 +344,7 @@ def _refuse_others(folder: Path, records: dict[str, dict[str, Any]], fingerprint
     for name, record in records.items():
         if record["fingerprint"] != fingerprints[name]:
             raise UserError(
-                f"{folder} holds bases of another base model ({name} differs); "
+                f"{folder} holds bases of another base model ({name} differs), or of another model.dtype; "
                 "give this run its own output_dir, or delete that folder"
             )
 
@@ -347,16 +376,31 @@ def _write(
         "factor": solution.factor,
         "unconverged": solution.unconverged,
         "fingerprint": fingerprint,
+        "digest": hashlib.sha256(solution.B_MR.numpy().tobytes()).hexdigest(),
         "subspace": wanted.label,
     }
-    current = _read_record(folder, matrix.name)
-    if wanted.is_served(current) and current is not None and current["fingerprint"] == fingerprint:
-        return  # another job was faster, perhaps with a larger r
     file = _file(folder, matrix.name)
     # A name of its own: two jobs on one cache must not write into one file.
     partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
-    save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
-    os.replace(partial, file)
+    try:
+        save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
+        with _locked(folder):
+            current = _read_record(folder, matrix.name)
+            if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
+                partial.unlink()  # another job was faster, perhaps with a larger r
+            else:
+                os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be written: {error}") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other jobs from replacing a basis meanwhile, where the file system knows locks."""
+    with open(folder / ".lock", "w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _await_record(folder: Path, name: str, wanted: _Wanted, limit: float = 90) -> dict[str, Any]:
@@ -382,20 +426,26 @@ def _read_record(folder: Path, name: str) -> dict[str, Any] | None:
         raise UserError(f"{file} is damaged; delete it, and the next run solves it again") from None
 
 
-def _write_manifest(file: Path, records: list[dict[str, Any]], wanted: _Wanted, seconds: float) -> None:
-    """Write what the records come to, unless that is what the manifest says already."""
-    kept = [_cut(record, wanted) for record in records]
-    whole = hashlib.sha256("".join(record["fingerprint"] for record in records).encode()).hexdigest()
-    if file.is_file() and json.loads(file.read_text())["matrices"] == kept:
-        return
-    manifest = {
-        "fingerprint": whole,
+def _manifest(records: list[dict[str, Any]], wanted: _Wanted, seconds: float) -> dict[str, Any]:
+    def whole(key: str) -> str:
+        return hashlib.sha256("".join(record[key] for record in records).encode()).hexdigest()
+
+    return {
+        "fingerprint": whole("fingerprint"),
+        "digest": whole("digest"),
         "r": wanted.r,
         "subspace": wanted.label,
         "seconds": seconds,
         "world_size": comm.world_size(),
-        "matrices": kept,
+        "matrices": [_cut(record, wanted) for record in records],
     }
+
+
+def _write_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Write it, unless the file says the same of the matrices already."""
+    with suppress(OSError, ValueError, KeyError):
+        if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
+            return
     partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
     partial.write_text(json.dumps(manifest, indent=1))
     os.replace(partial, file)
@@ -404,8 +454,8 @@ def _write_manifest(file: Path, records: list[dict[str, Any]], wanted: _Wanted, 
 def _cut(record: dict[str, Any], wanted: _Wanted) -> dict[str, Any]:
     """The record of the first or last columns of a larger basis."""
     larger, r = record["r"], wanted.r
-    if larger == r or wanted.subspace == "principal":
-        return {**record, "r": r}
+    if larger == r:
+        return record
     above, first = record["sigma_minor"][-r - 1], record["sigma_minor"][-r]
     gap = (above - first) / max(above, 1e-300)
     return {**record, "r": r, "sigma_minor": record["sigma_minor"][-r:], "relative_gap": gap}

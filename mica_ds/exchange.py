@@ -6,11 +6,13 @@ one round trip for the vectors through W. The Gram pays where a matrix is long a
 an owner has no room for W.
 """
 
+import functools
 import math
-import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -33,8 +35,9 @@ class Machine:
 
 def measure_machine(itemsize: int) -> Machine:
     """Look at the ranks' memory. Collective."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    nodes = comm.gather((socket.gethostname(), pages))
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    nodes = comm.gather((socket.gethostname(), available))
     hosts = [host for host, _ in nodes]
     return Machine(comm.world_size(), itemsize, min(free // hosts.count(host) for host, free in nodes))
 
@@ -79,11 +82,12 @@ def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
     return owners
 
 
-def ship(shards: list[Shard], owners: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (index, W (out, in)) of each matrix that this rank owns, one at a time. Collective.
+def ship(shards: list[Shard], owners: list[int]) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
+    """Yield (index, what returns W (out, in)) of each matrix that this rank owns. Collective.
 
     All sends are started first and run in the background: no rank waits for another's solve before it begins its own.
-    A rank receives out · in elements for each matrix it owns, less its own slice, and holds one matrix at a time.
+    A rank receives out · in elements for each matrix it owns, less its own slice, and holds one matrix at a time if the
+    caller lets go of each before it asks for the next. Each must be asked for: others are sending it.
     """
     rank = comm.rank()
     sends = []
@@ -92,10 +96,14 @@ def ship(shards: list[Shard], owners: list[int]) -> Iterator[tuple[int, torch.Te
             sends += _send(shard, shard.read(), whole_at(owner, shard.matrix), tag=i)
     for i, (shard, owner) in enumerate(zip(shards, owners, strict=True)):
         if owner == rank:
-            matrix = shard.matrix
-            W = _receive(shard, shard.read(), whole_at(owner, matrix), tag=i).view(matrix.stored_shape)
-            yield i, W.T if matrix.is_transposed else W
+            yield i, functools.partial(_receive_whole, shard, owner, tag=i)
     comm.wait(sends)
+
+
+def _receive_whole(shard: Shard, owner: int, tag: int) -> torch.Tensor:
+    matrix = shard.matrix
+    W = _receive(shard, shard.read(), whole_at(owner, matrix), tag).view(matrix.stored_shape)
+    return W.T if matrix.is_transposed else W
 
 
 def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[int, solver.Solution | None]]:
@@ -106,18 +114,29 @@ def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[
     """
     ranks = comm.world_size()
     for first in range(0, len(shards), ranks):
-        batch = range(first, min(first + ranks, len(shards)))
-        owner = {i: (owners[first] + i - first) % ranks for i in batch}
-        parts = {i: _whole_rows(shards[i]) for i in batch}
-        sums = [_sum_gram(parts[i], owner[i]) for i in batch]
-        mine = next((solver.factor_gram(G_KK, r) for G_KK in sums if G_KK is not None), None)
-        for i in batch:
-            X_KQ = comm.broadcast(mine.start_KQ if mine and owner[i] == comm.rank() else None, owner[i])
-            Y_LQ, Z_KQ = solver.multiply(parts[i].T, X_KQ)
-            comm.sum_to(Z_KQ, owner[i])
-            Y_parts = comm.gather_rows(Y_LQ, owner[i])
-            if mine and owner[i] == comm.rank():
-                yield i, solver.finish(mine, Y_parts, Z_KQ, r, is_left=shards[i].matrix.is_transposed)
+        yield from _sum_round(shards, owners, range(first, min(first + ranks, len(shards))), r)
+
+
+def _sum_round(
+    shards: list[Shard], owners: list[int], batch: range, r: int
+) -> Iterator[tuple[int, solver.Solution | None]]:
+    parts = {i: _whole_rows(shards[i]) for i in batch}
+    sums = [_sum_gram(parts[i], owners[i]) for i in batch]  # all of them before the first is factored
+    mine: solver.Factored | None = None
+    for G_KK in sums:
+        if G_KK is not None:
+            with suppress(*solver.FAILURES):  # then there are no columns to multiply
+                mine = solver.factor_gram(G_KK, r)
+    for i in batch:
+        is_mine = owners[i] == comm.rank()
+        nothing = torch.empty(shards[i].matrix.stored_shape[1], 0, dtype=torch.float64)
+        X_KQ = comm.broadcast((mine.start_KQ if mine else nothing) if is_mine else None, owners[i])
+        Y_LQ, Z_KQ = solver.multiply(parts[i].T, X_KQ)
+        comm.sum_to(Z_KQ, owners[i])
+        Y_LQ = comm.gather_rows(Y_LQ, owners[i])
+        if is_mine:
+            is_left = shards[i].matrix.is_transposed
+            yield i, solver.finish(mine, Y_LQ, Z_KQ, r, is_left) if mine else None
 
 
 def _whole_rows(shard: Shard) -> torch.Tensor:

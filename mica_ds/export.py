@@ -22,7 +22,7 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     Whole or absent: it is written under another name first.
     Raises: UserError where the bases are missing, or the checkpoint belongs to others.
     """
-    basis = load_basis(config.output_dir / "basis") if config.adapter.method == "mica" else None
+    basis = load_basis(config.output_dir / "basis", config.adapter.r) if config.adapter.method == "mica" else None
     check_origin(checkpoint, origin(config.adapter, basis))
     target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
     partial = target.with_name(f"{target.name}.partial")

@@ -39,7 +39,7 @@ def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
         above.semilogy(depth, [b[0] for b in band], color="tab:orange", label=f"minor band, r = {manifest['r']}")
         above.set_title(f"{kind} ({records[0]['shape'][0]} × {records[0]['shape'][1]})", fontsize=9)
         above.tick_params(labelbottom=False)
-        gaps = [record["relative_gap"] or float("nan") for record in records]
+        gaps = [record["relative_gap"] if record["relative_gap"] is not None else float("nan") for record in records]
         below.plot(depth, [100 * gap for gap in gaps], color="tab:green", marker=".", markersize=3)
         below.set_ylim(bottom=0)
         for axes in (above, below):

@@ -166,8 +166,8 @@ def _load(config: Config) -> tuple[Any, int]:
 def _bases(config: Config, source: Source) -> Basis:
     seed = config.train.get("seed", TrainingArguments.seed)
     found = build_basis(source, config.adapter, config.basis, seed, config.output_dir / "basis")
-    origin = f"{found.solved} solved" if found.solved else "all from the cache"
-    comm.say(f"bases: {len(source.matrices)} matrices, r = {config.adapter.r}, {origin}, {found.seconds:.1f} s")
+    how = f"{found.solved} solved" if found.solved else "all from the cache"
+    comm.say(f"bases: {len(source.matrices)} matrices, r = {config.adapter.r}, {how}, {found.seconds:.1f} s")
     for warning in warnings(found.manifest):
         comm.say(f"warning: {warning}")
     return found

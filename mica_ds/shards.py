@@ -55,6 +55,8 @@ class Source(Protocol):
     matrices: list[Matrix]
     dtype: torch.dtype
     """Of the values that shards hold: the compute dtype."""
+    is_sliced: bool
+    """Whether each rank holds a slice of each matrix; else its owner has the whole."""
 
     def shard(self, index: int, owner: int) -> Shard:
         """This rank's slice of one matrix, which rank `owner` will solve. Local."""
@@ -62,6 +64,8 @@ class Source(Protocol):
 
 class PartitionSource:
     """The weights of a model under ZeRO-3, in the ranks' memory, on their GPUs or on NVMe."""
+
+    is_sliced = True
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.matrices = [matrix_of(name, module) for name, module in modules.items()]
@@ -86,6 +90,8 @@ class StoredMatrix:
 
 class CheckpointSource:
     """The weights in a checkpoint's files: an owner reads the whole, so nothing travels and each byte is read once."""
+
+    is_sliced = False
 
     def __init__(self, stored: list[StoredMatrix], dtype: torch.dtype) -> None:
         self.matrices = [entry.matrix for entry in stored]
@@ -122,10 +128,11 @@ def linear_modules(model: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in candidates if not isinstance(module, nn.Embedding) and module is not head}
 
 
-def stacked_experts(model: Any) -> dict[str, tuple[tuple[int, int, int], bool]]:
-    """Parameters that stack a mixture's experts: (experts, rows, columns), and whether each is (in, out). Local."""
+def stacked_experts(model: Any) -> dict[str, tuple[tuple[int, int, int], bool | None]]:
+    """Parameters that stack a mixture's experts: (experts, rows, columns), and whether each is (in, out), None
+    where the module does not say. Local."""
     return {
-        f"{name}.{key}": (shape, getattr(module, "is_transposed", False))
+        f"{name}.{key}": (shape, getattr(module, "is_transposed", None))
         for name, module in model.named_modules()
         for key, parameter in module.named_parameters(recurse=False)
         if len(shape := tuple(getattr(parameter, "ds_shape", parameter.shape))) == 3

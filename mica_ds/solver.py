@@ -26,12 +26,18 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 # The angle (radians) to the true subspace that the residual must promise; 1e-7 / gap where the relative gap at R is
 # below 2 %: an fp32 SVD of trained weights is no nearer there (measured).
 TOLERANCE = 5e-6
+# What numpy and torch raise where a factorisation or an eigenproblem fails.
+FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 # Below this share of the largest singular value, W v has lost its direction to rounding (fp64 Gram: about 1e-8).
 _NEGLIGIBLE = 1e-7
 _EPS64 = torch.finfo(torch.float64).eps
 _SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
 _SMALL_ENTRIES = 1 << 22  # up to here W is cast to fp64 once; larger ones a chunk at a time, to save memory
 _CHUNK = 1 << 19  # entries of such a chunk: it stays in the cache
+
+
+class NotFiniteError(ValueError):
+    """The matrix holds NaN or Inf."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,8 @@ class _Ritz:
 
     def gap(self, r: int) -> float:
         """(σ_{K-R} − σ_{K-R+1}) / σ_{K-R}."""
-        return float(1 - self.sigma[-r] / self.sigma[-r - 1].clamp(min=1e-300))
+        above, below = self.sigma[-r - 1 :][:2].tolist()
+        return 1 - below / above if above > 0 else 0.0
 
     def residual_KR(self, r: int) -> torch.Tensor:
         """T Tᵀ x − σ² x of the r last ones."""
@@ -114,12 +121,13 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
     See `minor_left_singular_vectors` for the rest. `seed` draws the random subspace; `factor` replaces the choice of
     `choose_factor` where it can: small sides are always solved whole, and only a square matrix has an LU.
     """
+    W_MN = W_MN.detach()
     m, n = W_MN.shape
     k = min(m, n)
     if not 1 <= r <= k:
         raise ValueError(f"r={r} is not between 1 and min(out, in)={k}")
     if not torch.stack(W_MN.aminmax()).isfinite().all():  # one pass; NaN is both the least and the largest
-        raise ValueError("the matrix holds NaN or Inf")
+        raise NotFiniteError("the matrix holds NaN or Inf")
     T_KL = W_MN if m <= n else W_MN.T
     T64_KL = T_KL.double() if T_KL.numel() <= _SMALL_ENTRIES else T_KL
     first = choose_factor((m, n), r)
@@ -130,7 +138,9 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
         try:
             factored = _factorise(T_KL if attempt == "lu" else T64_KL, r, attempt)
             minor, is_converged = _refine(T64_KL, factored, r)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
+        except FAILURES:
+            if attempt == "eigh":
+                raise
             is_converged = False
         if is_converged:
             break
@@ -216,11 +226,13 @@ def _factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
     """Factor T and find a start. Raises: LinAlgError where T is singular to the factor's rounding."""
     k = len(T_KL)
     if factor == "lu":
-        T32_KK = T_KL.to(torch.float32, copy=True)
+        T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
         largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), k)
         inverse = _lu_inverse(T32_KK)
         # fp32 noise stops it soon; corrections through T do the rest
-        start_KQ = _krylov(inverse, k, r + 1, block_width(r), 1e-3, steps=8, dtype=torch.float32, first_check=5)
+        width = block_width(r)
+        steps = min(8, k // 2 // width)
+        start_KQ = _krylov(inverse, k, r + 1, width, 1e-3, steps, dtype=torch.float32, first_check=5)
         return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ.double()).Q, factor)
     G_KK = gram(T_KL)
     if factor == "gram":
@@ -374,19 +386,22 @@ def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int) -
     """
     if float(ritz.residual_KR(r).norm()) <= 8 * _EPS64 * factored.sigma_max**2:
         return True
-    bound = max(TOLERANCE, 1e-7 / max(ritz.gap(r), 1e-6))
-    size = float(D_KR.norm())
-    # On the long side the error is Tᵀ D / σ: its part along σ_j grows by σ_j / σ. And ‖Tᵀ d‖² is residual · d.
     residual_KR, sigma = ritz.residual_KR(r), ritz.sigma[-r:].clamp(min=_NEGLIGIBLE * factored.sigma_max)
-    long_side = float(((residual_KR * D_KR).sum(dim=0).clamp(min=0) / sigma**2).sum().sqrt())
+    # Column by column, so that the last ones are right as a smaller basis, too, whatever the gap at R.
+    gaps = (1 - ritz.sigma[-r:] / ritz.sigma[-r - 1].clamp(min=1e-300)).clamp(min=1e-6)
+    bounds = (1e-7 / gaps).clamp(min=TOLERANCE)
+    short_side = D_KR.square().sum(dim=0)
+    # On the long side the error is Tᵀ D / σ: its part along σ_j grows by σ_j / σ. And ‖Tᵀ d‖² is residual · d.
+    long_side = (residual_KR * D_KR).sum(dim=0).clamp(min=0) / sigma**2
+    share = float((torch.maximum(short_side, long_side) / bounds**2).sum().sqrt())
     # The energy by which the left vectors of a tall W exceed the least.
     excess = float((residual_KR.square().sum(dim=0) / sigma**2).sum())
     allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * torch.finfo(torch.float32).eps * factored.sigma_max) ** 2
-    if max(size, long_side) > bound or excess > allowed:
+    if share > 1 or excess > allowed:
         return False  # before the two solves of the estimate
     E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
     E_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ E_KR)
-    return max(size, long_side) <= bound * max(1 - float(E_KR.norm()) / max(size, 1e-300), 1e-3)
+    return share <= max(1 - float(E_KR.norm()) / max(float(D_KR.norm()), 1e-300), 1e-3)
 
 
 def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unconverged: list[Factor]) -> Solution:

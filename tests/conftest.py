@@ -17,9 +17,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from threadpoolctl import threadpool_limits
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m"
+# The matrices of the tests in this process are small: a second thread costs more than it brings.
+torch.set_num_threads(1)
+threadpool_limits(1)
+
 LAUNCH_LIMIT = 600  # seconds, after which a started program is killed and the test fails
 
 TINY: dict[str, dict[str, Any]] = {

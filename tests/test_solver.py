@@ -248,6 +248,20 @@ def test_how_a_matrix_is_stored_does_not_matter(shape: tuple[int, int], factor: 
     assert _sine(from_view, B.double()) <= 1e-6
 
 
+@pytest.mark.parametrize(("shape", "factor"), [((700, 700), "lu"), ((900, 700), "gram"), ((700, 900), "gram")], ids=_id)
+def test_a_tiny_gap_at_r_leaves_its_smaller_bases_right(shape: tuple[int, int], factor: Factor) -> None:
+    """The last 8 of 16 columns, which a cache serves as the basis of r = 8, where the gaps are 1e-5 and 2 %."""
+    k = min(shape)
+    values = torch.cat(
+        [torch.linspace(2, 1, k - 16), torch.full((8,), 1 - 1e-5), torch.linspace(0.98, 0.8, 8)]
+    ).double()
+    W = (torch.linalg.qr(_gaussian(shape[0], k, 1)).Q * values) @ torch.linalg.qr(_gaussian(shape[1], k, 2)).Q.T
+    truth = truth_of(W.float())
+    assert truth.gap(8) > 0.01 > 1e-4 > truth.gap(16)
+    B = solve(truth.W_MN, 16, factor=factor).B_MR[:, -8:]
+    assert truth.sine(B) <= max(1e-5, 2 * truth.sine(truth.fp32_U_MK[:, -8:]))
+
+
 @pytest.mark.parametrize("factor", ["lu", "gram", "eigh"])
 def test_the_same_matrix_gives_the_same_bits(factor: Factor) -> None:
     W = _gaussian(300, 300).float()

@@ -31,8 +31,9 @@ def manifest(run: Path) -> dict[str, Any]:
 
 
 def bases(run: Path) -> dict[str, torch.Tensor]:
-    folder = run / "basis"
-    return {record["name"]: load_basis(folder)[record["name"]] for record in manifest(run)["matrices"]}
+    found = manifest(run)
+    stored = load_basis(run / "basis", found["r"])
+    return {record["name"]: stored[record["name"]] for record in found["matrices"]}
 
 
 def assert_bases_match(run: Path, weights: dict[str, torch.Tensor], transposed: bool = False) -> None:
@@ -152,6 +153,15 @@ def test_partial_grams_give_the_bases_of_whole_weights(ranks: int, middle: Path,
     assert manifest(tmp_path / "run")["fingerprint"] == manifest(tmp_path / "whole")["fingerprint"]
 
 
+def test_other_subspaces_take_whole_weights(middle: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, middle, adapter={"r": 5, "subspace": "principal"})
+    run_bases(2, config, "basis.exchange=gram", program=PARTITIONED)
+    weights = load_file(middle / "model.safetensors")
+    for name, B_MR in bases(tmp_path / "run").items():
+        U = torch.linalg.svd(weights[f"{name}.weight"].double(), full_matrices=False)[0][:, :5]
+        assert torch.linalg.matrix_norm(B_MR.double() - U @ (U.T @ B_MR.double()), ord=2) < 1e-5
+
+
 @pytest.mark.parametrize("factor", ["gram", "eigh"])
 def test_the_factor_can_be_chosen(factor: str, middle: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, middle, basis={"factor": factor})
@@ -179,6 +189,17 @@ def test_traffic_and_memory_are_those_of_one_owner_a_matrix(make_model: ModelMak
     assert costs["received"] <= 1.1 * 2 * sum(entries)
     one_matrix, one_factor, workspace = 2 * max(entries), 8 * 2048**2, 64 << 20
     assert max(costs["grown"]) <= one_matrix + one_factor + workspace
+
+
+def test_a_checkpoint_of_several_files_and_a_tied_head(make_model: ModelMaker, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    stock.save_pretrained(model, max_shard_size="30KB")
+    assert len(list(model.glob("model-*.safetensors"))) > 2
+    run_bases(3, write_config(tmp_path, model, adapter={"r": 5, "targets": ["lm_head", "up_proj", "q_proj"]}))
+    assert_bases_match(tmp_path / "run", {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
 
 
 def test_experts_are_matrices_of_their_own_and_cannot_be_attached(
