@@ -32,7 +32,7 @@ FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[att
 _NEGLIGIBLE = 1e-7
 _EPS64 = torch.finfo(torch.float64).eps
 _SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
-_SMALL_ENTRIES = 1 << 22  # up to here W is cast to fp64 once; larger ones a chunk at a time, to save memory
+_SMALL_ENTRIES = 1 << 20  # up to here W is cast to fp64 once; larger ones a chunk at a time, to save memory
 _CHUNK = 1 << 19  # entries of such a chunk: it stays in the cache
 
 

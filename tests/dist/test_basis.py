@@ -187,8 +187,8 @@ def test_traffic_and_memory_are_those_of_one_owner_a_matrix(make_model: ModelMak
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     entries = [out * into for out, into in (record["shape"] for record in manifest(tmp_path / "run")["matrices"])]
     assert costs["received"] <= 1.1 * 2 * sum(entries)
-    one_matrix, one_factor, workspace = 2 * max(entries), 8 * 2048**2, 64 << 20
-    assert max(costs["grown"]) <= one_matrix + one_factor + workspace
+    shard, one_matrix, one_factor, workspace = 2 * sum(entries) // 4, 2 * max(entries), 8 * 2048**2, 64 << 20
+    assert max(costs["grown"]) <= shard + one_matrix + one_factor + workspace
 
 
 def test_a_checkpoint_of_several_files_and_a_tied_head(make_model: ModelMaker, tmp_path: Path) -> None:
