@@ -102,7 +102,7 @@ def test_progress_is_shown_by_rank_0_alone(job: Finished, run: Path) -> None:
         "mlflow server --backend-store-uri",
     ):
         assert job.output.count(line) == 1
-    for bar in ("bases: 100%", "evaluation: 100%", f"{STEPS}/{STEPS}"):
+    for bar in ("bases: 210/210 matrices 100%", "evaluation: 100%", f"{STEPS}/{STEPS}"):
         assert bar in job.output
 
 
