@@ -34,16 +34,18 @@ def target_modules(model: nn.Module, adapter: AdapterSettings) -> dict[str, nn.M
     else:
         candidates = target_candidates(model)
         for target in adapter.targets:
-            if any(matches(name, target) for name in candidates):
+            if any(_matches(name, target) for name in candidates):
                 continue
-            if any(matches(name, target) for name in stacked_experts(model)):
+            if any(_matches(name, target) for name in stacked_experts(model)):
                 raise UserError(
                     f"adapter.targets: {target} are stacked experts; `mica-ds basis` computes their bases, "
                     "but peft has no MiCA layer to attach to them: leave them out"
                 )
             known = sorted({name.rpartition(".")[2] for name in candidates})
             raise UserError(f"adapter.targets: {target} matches no linear module; this model has {', '.join(known)}")
-        chosen = {name: module for name, module in candidates.items() if any(matches(name, t) for t in adapter.targets)}
+        chosen = {
+            name: module for name, module in candidates.items() if any(_matches(name, t) for t in adapter.targets)
+        }
     if not chosen:
         raise UserError("adapter.targets chooses no linear module of this model")
     for name, module in chosen.items():
@@ -62,8 +64,8 @@ def stored_targets(
     experts = {}
     if adapter.targets != "all-linear":
         stacked = stacked_experts(model)
-        experts = {name: layout for name, layout in stacked.items() if any(matches(name, t) for t in adapter.targets)}
-        rest = [target for target in adapter.targets if not any(matches(name, target) for name in experts)]
+        experts = {name: layout for name, layout in stacked.items() if any(_matches(name, t) for t in adapter.targets)}
+        rest = [target for target in adapter.targets if not any(_matches(name, target) for name in experts)]
         adapter = adapter.model_copy(update={"targets": rest})
     modules = target_modules(model, adapter) if adapter.targets else {}
     prefix = model.base_model_prefix
@@ -155,10 +157,9 @@ def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis)
 def _peft_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     """The short names (`q_proj`, …), which servers expect, where they choose the same modules; else the full ones."""
     short = sorted({name.rpartition(".")[2] for name in modules})
-    chosen = [name for name in target_candidates(model) if any(matches(name, kind) for kind in short)]
+    chosen = [name for name in target_candidates(model) if any(_matches(name, kind) for kind in short)]
     return short if len(chosen) == len(modules) else sorted(modules)
 
 
-def matches(name: str, target: str) -> bool:
-    """Whether a module of this full name is meant by a target. Local."""
+def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")

@@ -37,7 +37,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
     Raises: UserError where the checkpoint is missing, truncated or incomplete, or holds NaN or Inf.
     """
     with comm.failing_together():
-        config = load_model_config(settings.path)
+        config = _load_config(settings.path)
         sources = open_checkpoint(settings.path, weights)
     dtype = DTYPES[settings.dtype]
     # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
@@ -66,7 +66,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
 
 def load_skeleton(settings: ModelSettings) -> PreTrainedModel:
     """The model without weights, on the meta device: its modules, names and shapes. Local. Raises: UserError."""
-    config = load_model_config(settings.path)
+    config = _load_config(settings.path)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -84,8 +84,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model_config(path: Path) -> Any:
-    """The checkpoint's transformers config. Local. Raises: UserError where there is none."""
+def _load_config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:

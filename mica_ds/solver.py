@@ -23,9 +23,9 @@ import torch
 Factor = Literal["lu", "gram", "eigh"]
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
-# The angle (radians) to the true subspace that the residual must promise; 1e-7 / gap where the relative gap at R is
-# below 2 %: an fp32 SVD of trained weights is no nearer there (measured).
-TOLERANCE = 5e-6
+# The angle (radians) to the true subspace that the residual must promise; 1e-7 / gap for columns whose relative gap to
+# σ_{K-R} is below 2 %: an fp32 SVD of trained weights is no nearer there (measured).
+_TOLERANCE = 5e-6
 # What numpy and torch raise where a factorisation or an eigenproblem fails.
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 # Below this share of the largest singular value, W v has lost its direction to rounding (fp64 Gram: about 1e-8).
@@ -217,8 +217,7 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
 # Operations (bytes) a second of one core, and how often a solve reads its factor: measured, see tests/benchmarks.
 _RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
 _PASSES = {"lu": 40, "gram": 32}
-
-
+# What takes over where a factor does not reach the tolerance.
 _AFTER: dict[Factor, list[Factor]] = {"lu": ["gram", "eigh"], "gram": ["eigh"], "eigh": []}
 
 
@@ -389,7 +388,7 @@ def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int) -
     residual_KR, sigma = ritz.residual_KR(r), ritz.sigma[-r:].clamp(min=_NEGLIGIBLE * factored.sigma_max)
     # Column by column, so that the last ones are right as a smaller basis, too, whatever the gap at R.
     gaps = (1 - ritz.sigma[-r:] / ritz.sigma[-r - 1].clamp(min=1e-300)).clamp(min=1e-6)
-    bounds = (1e-7 / gaps).clamp(min=TOLERANCE)
+    bounds = (1e-7 / gaps).clamp(min=_TOLERANCE)
     short_side = D_KR.square().sum(dim=0)
     # On the long side the error is Tᵀ D / σ: its part along σ_j grows by σ_j / σ. And ‖Tᵀ d‖² is residual · d.
     long_side = (residual_KR * D_KR).sum(dim=0).clamp(min=0) / sigma**2
