@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from mica_ds import comm, solver
+from mica_ds import comm, factor, solver
 from mica_ds.shards import Matrix, Shard, whole_at
 
-_TILE = 1024  # rows of a Gram that are summed at a time
+_TILE = 512  # rows of a Gram that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") 
     much as shipping it.
     """
     rows, columns = matrix.stored_shape
-    if asked == "ship" or machine.ranks == 1 or rows < columns or solver.choose_factor(matrix.shape, r) == "eigh":
+    if asked == "ship" or machine.ranks == 1 or rows < columns or factor.choose_factor(matrix.shape, r) == "eigh":
         return "ship"
     if asked == "gram":
         return "gram"
@@ -65,15 +65,19 @@ def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
 
 
 def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
-    """Bytes received by all ranks: lower triangles to the owner, then X to all, Y and T Y back. Local."""
+    """Bytes received by all ranks: lower triangles to the owner, then X to all, Y and T Y back. Local.
+
+    gloo sums in a ring and then collects the parts: each sum costs 1 + 1 / P of what the owner needs of P − 1 ranks.
+    """
     rows, columns = matrix.stored_shape
-    width = solver.block_width(r)
-    return (machine.ranks - 1) * 8 * (columns * (columns + _TILE) // 2 + width * (2 * columns + rows // machine.ranks))
+    width = factor.block_width(r)
+    triangle, vectors = columns * (columns + _TILE) // 2, width * (2 * columns + rows // machine.ranks)
+    return (machine.ranks - 1) * 8 * (triangle + triangle // machine.ranks + vectors)
 
 
 def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
     """The owner of each matrix: longest processing time first, each to the least loaded rank. Local."""
-    costs = [solver.cost(matrix.shape, r) for matrix in matrices]
+    costs = [factor.cost(matrix.shape, r) for matrix in matrices]
     load = [0.0] * ranks
     owners = [0] * len(matrices)
     for i in sorted(range(len(matrices)), key=lambda i: -costs[i]):
@@ -122,16 +126,16 @@ def _sum_round(
 ) -> Iterator[tuple[int, solver.Solution | None]]:
     parts = {i: _whole_rows(shards[i]) for i in batch}
     sums = [_sum_gram(parts[i], owners[i]) for i in batch]  # all of them before the first is factored
-    mine: solver.Factored | None = None
+    mine: factor.Factored | None = None
     for G_KK in sums:
         if G_KK is not None:
-            with suppress(*solver.FAILURES):  # then there are no columns to multiply
-                mine = solver.factor_gram(G_KK, r)
+            with suppress(*factor.FAILURES):  # then there are no columns to multiply
+                mine = factor.factor_gram(G_KK.numpy(), r, tolerance=1e-8)  # no corrections follow
     for i in batch:
         is_mine = owners[i] == comm.rank()
         nothing = torch.empty(shards[i].matrix.stored_shape[1], 0, dtype=torch.float64)
         X_KQ = comm.broadcast((mine.start_KQ if mine else nothing) if is_mine else None, owners[i])
-        Y_LQ, Z_KQ = solver.multiply(parts[i].T, X_KQ)
+        Y_LQ, Z_KQ = factor.multiply(parts[i].T, X_KQ)
         comm.sum_to(Z_KQ, owners[i])
         Y_LQ = comm.gather_rows(Y_LQ, owners[i])
         if is_mine:
@@ -154,11 +158,12 @@ def _sum_gram(rows_PK: torch.Tensor, owner: int) -> torch.Tensor | None:
     """The lower triangle of the Gram of all ranks' rows, fp64, at the owner; None elsewhere. Collective."""
     k = rows_PK.shape[1]
     G_KK = torch.zeros(k, k, dtype=torch.float64).T if owner == comm.rank() else None
+    tiles, casts = (torch.empty(_TILE * k, dtype=torch.float64) for _ in range(2))
     for start in range(0, k, _TILE):
         stop = min(start + _TILE, k)
-        tile = torch.zeros(stop - start, stop, dtype=torch.float64)
+        tile = tiles[: (stop - start) * stop].view(-1, stop).zero_()
         for part in rows_PK.split(_TILE):
-            fp64 = part[:, :stop].double()
+            fp64 = casts[: len(part) * stop].view(-1, stop).copy_(part[:, :stop])
             tile.addmm_(fp64[:, start:].T, fp64)
         comm.sum_to(tile, owner)
         if G_KK is not None:

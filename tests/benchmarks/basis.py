@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from mica_ds import comm, solver
+from mica_ds import comm, factor, solver
 
 ROOT = Path(__file__).resolve().parents[2]
 CORES = len(os.sched_getaffinity(0))
@@ -224,12 +224,12 @@ def memory(key: str) -> int:
 
 
 def measure_rates() -> dict[str, float]:
-    """What a rank does a second of each kind of work that `solver.work` counts, while all are busy. Collective."""
+    """What a rank does a second of each kind of work that `factor.work` counts, while all are busy. Collective."""
     k, long = 4096, 8192
     T_KL = trained_like((k, long), seed=0)
-    G_KK = solver.gram(T_KL)
+    G_KK = factor.gram(T_KL)
     L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK, lower=True))
-    X_KQ = torch.randn(k, solver.block_width(R), dtype=torch.float64)
+    X_KQ = torch.randn(k, factor.block_width(R), dtype=torch.float64)
     corner = G_KK[:1024, :1024].copy()
     sgetrf = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
     dpotrf = functools.partial(scipy.linalg.lapack.dpotrf, lower=True, overwrite_a=True, clean=False)
@@ -240,7 +240,7 @@ def measure_rates() -> dict[str, float]:
 
     return {
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
-        "gram": long * k**2 / timed(lambda: solver.gram(T_KL)),
+        "gram": long * k**2 / timed(lambda: factor.gram(T_KL)),
         "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.copy(order="F"),)),
         "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=[0, R])),
         "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
@@ -260,7 +260,7 @@ def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
     matrices = [Matrix(f"{i}.{name}", shape, False) for i in range(layers) for name, shape in LLAMA_70B.items()]
     load, received, by_gram = [0.0] * ranks, [0] * ranks, 0
     for matrix, owner in zip(matrices, exchange.assign_owners(matrices, R, ranks), strict=True):
-        load[owner] += sum(amount / rates[kind] for kind, amount in solver.work(matrix.shape, R).items())
+        load[owner] += sum(amount / rates[kind] for kind, amount in factor.work(matrix.shape, R).items())
         if exchange.choose_route(matrix, R, machine) == "gram":
             by_gram += 1
             received[owner] += exchange.gram_bytes(matrix, R, machine)

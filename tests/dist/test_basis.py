@@ -1,6 +1,7 @@
 """Bases from a checkpoint's files and from ZeRO-3 partitions, on 1 to 4 ranks, through the command line."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -179,15 +180,23 @@ def test_partitions_on_nvme(middle: Path, nvme_settings: Path, tmp_path: Path) -
         assert torch.equal(B_MR, bases(tmp_path / "whole")[name])
 
 
-def test_traffic_and_memory_are_those_of_one_owner_a_matrix(make_model: ModelMaker, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exchange", ["ship", "gram"])
+def test_traffic_and_memory_are_those_of_one_owner_a_matrix(
+    exchange: str, make_model: ModelMaker, tmp_path: Path
+) -> None:
     """Gathering each matrix on each of four ranks would receive three times the model, and hold all of it."""
-    model = make_model(dtype=torch.bfloat16, hidden_size=2048, intermediate_size=7168, num_hidden_layers=1)
-    config = write_config(tmp_path, model, model={"path": str(model), "dtype": "bfloat16"})
-    run_bases(4, config, program=PARTITIONED)
+    model = make_model(dtype=torch.bfloat16, hidden_size=2560, intermediate_size=7168, num_hidden_layers=1)
+    settings = {"model": {"path": str(model), "dtype": "bfloat16"}, "basis": {"exchange": exchange}}
+    run_bases(4, write_config(tmp_path, model, **settings), program=PARTITIONED)
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
-    entries = [out * into for out, into in (record["shape"] for record in manifest(tmp_path / "run")["matrices"])]
-    assert costs["received"] <= 1.1 * 2 * sum(entries)
-    shard, one_matrix, one_factor, workspace = 2 * sum(entries) // 4, 2 * max(entries), 8 * 2048**2, 64 << 20
+    records = manifest(tmp_path / "run")["matrices"]
+    entries = [math.prod(record["shape"]) for record in records]
+    # A Gram's lower triangle from three ranks, tile by tile, in a ring, with the vectors' round trip and headers.
+    by_gram = [1.45 * 3 * 8 * 2560**2 for record in records if record["exchange"] == "gram"]
+    shipped = [2 * math.prod(record["shape"]) for record in records if record["exchange"] == "ship"]
+    assert bool(by_gram) == (exchange == "gram")
+    assert costs["received"] <= 1.1 * sum(shipped) + sum(by_gram)
+    shard, one_matrix, one_factor, workspace = 2 * sum(entries) // 4, 2 * max(entries), 8 * 2560**2, 64 << 20
     assert max(costs["grown"]) <= shard + one_matrix + one_factor + workspace
 
 
@@ -238,13 +247,22 @@ def test_embeddings_fewer_rows_than_ranks_and_r_equal_to_k(make_model: ModelMake
     assert by_name["model.layers.0.self_attn.k_proj"]["relative_gap"] is None
 
 
-def test_a_user_is_warned_of_deficient_weights(make_model: ModelMaker, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "warning"), [([0.0], "rank-deficient"), ([0.5] * 6, "with a gap at r so small")], ids=["deficient", "gap"]
+)
+def test_a_user_is_warned_of_weights_whose_basis_means_little(
+    values: list[float], warning: str, make_model: ModelMaker, tmp_path: Path
+) -> None:
     model = make_model()
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][:, 7] = 0
+    name = "model.layers.1.mlp.up_proj"
+    U, S, V = torch.linalg.svd(weights[f"{name}.weight"].double(), full_matrices=False)
+    S[-len(values) :] = S[0] * 0.01 * torch.tensor(values)
+    weights[f"{name}.weight"] = (U * S @ V).float()
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     output = run_bases(2, write_config(tmp_path, model))
-    assert "warning: bases: model.layers.1.mlp.up_proj: rank-deficient" in output
+    assert f"warning: bases: {name}: {warning}" in output
+    assert output.count("warning: bases") == 1
     assert_bases_match(tmp_path / "run", weights)
 
 

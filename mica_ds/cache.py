@@ -1,0 +1,171 @@
+"""The cache of the bases: one safetensors file a matrix with its record in the header, and a manifest of them all.
+
+Jobs that share a cache may work on it at once: a file is replaced whole, and only by one that serves more.
+`manifest.json` is written last, from the records.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mica_ds import comm
+from mica_ds.errors import UserError
+from mica_ds.shards import Matrix
+from mica_ds.solver import Solution
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What this run asks of the cache."""
+
+    r: int
+    subspace: str
+    label: str
+    """The subspace, with its seed where it is random."""
+    seed: int
+
+    def is_served(self, record: dict[str, Any] | None) -> bool:
+        """A larger basis serves every smaller r, except a random one, which is drawn for its r."""
+        if record is None or record["subspace"] != self.label:
+            return False
+        return record["r"] == self.r or (record["r"] > self.r and self.subspace != "random")
+
+
+def refuse_others(folder: Path, records: dict[str, dict[str, Any]], fingerprints: dict[str, str]) -> None:
+    """Refuse a cache that was made from other weights. Local. Raises: UserError."""
+    for name, record in records.items():
+        if record["fingerprint"] != fingerprints[name]:
+            raise UserError(
+                f"{folder} holds bases of another base model ({name} differs), or of another model.dtype; "
+                "give this run its own output_dir, or delete that folder"
+            )
+
+
+def basis_file(folder: Path, name: str) -> Path:
+    """Where the basis of a matrix lies. Local."""
+    return folder / f"{name}.safetensors"
+
+
+def write_basis(
+    folder: Path,
+    matrix: Matrix,
+    solution: Solution,
+    wanted: Wanted,
+    fingerprint: str,
+    seconds: float,
+    route: str,
+) -> None:
+    """Write a basis with its record, whole or not at all. Local, at the owner. Raises: UserError where it cannot."""
+    record = {
+        "name": matrix.name,
+        "shape": list(matrix.shape),
+        "r": wanted.r,
+        "sigma_max": solution.sigma_max,
+        "sigma_minor": solution.sigma_minor,
+        "relative_gap": solution.relative_gap,
+        "residual": solution.residual,
+        "seconds": seconds,
+        "owner": comm.rank(),
+        "exchange": route,
+        "factor": solution.factor,
+        "unconverged": solution.unconverged,
+        "fingerprint": fingerprint,
+        "digest": hashlib.sha256(solution.B_MR.numpy().tobytes()).hexdigest(),
+        "subspace": wanted.label,
+    }
+    file = basis_file(folder, matrix.name)
+    # A name of its own: two jobs on one cache must not write into one file.
+    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
+        with _locked(folder):
+            current = read_record(folder, matrix.name)
+            if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
+                partial.unlink()  # another job was faster, perhaps with a larger r
+            else:
+                os.replace(partial, file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be written: {error}") from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other jobs from replacing a basis meanwhile, where the file system knows locks."""
+    with open(folder / ".lock", "w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def await_record(folder: Path, name: str, wanted: Wanted, limit: float = 90) -> dict[str, Any]:
+    """The record that an owner has written; a network file system may show it to other nodes only after a minute."""
+    deadline = time.monotonic() + limit
+    while not wanted.is_served(record := read_record(folder, name)):
+        if time.monotonic() > deadline:
+            reason = "another job replaced" if record else "the ranks do not share, or another job removed"
+            raise UserError(
+                f"{basis_file(folder, name)} is not what this run solved: a file that {reason}; start again"
+            )
+        time.sleep(1)
+    assert record is not None
+    return record
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """What is known of a cached basis; None where there is none. Local. Raises: UserError where it is damaged."""
+    file = basis_file(folder, name)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return json.loads(stored.metadata()["record"])
+    except (SafetensorError, TypeError, KeyError, ValueError):
+        raise UserError(f"{file} is damaged; delete it, and the next run solves it again") from None
+
+
+def make_manifest(records: list[dict[str, Any]], wanted: Wanted, seconds: float) -> dict[str, Any]:
+    """All records, as those of the wanted r, with digests over all weights and bases. Local."""
+
+    def whole(key: str) -> str:
+        return hashlib.sha256("".join(record[key] for record in records).encode()).hexdigest()
+
+    return {
+        "fingerprint": whole("fingerprint"),
+        "digest": whole("digest"),
+        "r": wanted.r,
+        "subspace": wanted.label,
+        "seconds": seconds,
+        "world_size": comm.world_size(),
+        "matrices": [_cut(record, wanted) for record in records],
+    }
+
+
+def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Write it, unless the file says the same of the matrices already."""
+    with suppress(OSError, ValueError, KeyError):
+        if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
+            return
+    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+    partial.write_text(json.dumps(manifest, indent=1))
+    os.replace(partial, file)
+
+
+def _cut(record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """The record of the first or last columns of a larger basis."""
+    larger, r = record["r"], wanted.r
+    if larger == r:
+        return record
+    above, first = record["sigma_minor"][-r - 1], record["sigma_minor"][-r]
+    gap = (above - first) / max(above, 1e-300)
+    return {**record, "r": r, "sigma_minor": record["sigma_minor"][-r:], "relative_gap": gap}

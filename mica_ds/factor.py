@@ -1,0 +1,250 @@
+"""What a matrix is factored into, and the inverse iteration on it. Pure tensors on the CPU; no ranks, no files.
+
+Block Krylov on the inverse: the minor end of W is the dominant end of (W Wᵀ)⁻¹, which a factorisation of W applies.
+A rough start is enough, since `solver` refines what comes out of here through W itself.
+See Golub and Van Loan, "Matrix Computations", 4th ed., 8.6.3 and 10.1 to 10.6.
+
+Shapes: M rows (out features), N columns (in features), K = min(M, N), L = max(M, N), R the adapter's rank, Q columns
+of a block. T (K, L) is W or its transpose, whichever is wide: the work is done on W's short side.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.linalg
+import torch
+
+Factor = Literal["lu", "gram", "eigh"]
+Operator = Callable[[torch.Tensor], torch.Tensor]
+
+# What numpy and torch raise where a factorisation or an eigenproblem fails.
+FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+EPS64 = torch.finfo(torch.float64).eps
+SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
+_CHUNK = 1 << 20  # entries that are cast to fp64 at a time: they stay in the cache
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What is known once a matrix is factored."""
+
+    sigma_max: float
+    inverse: Operator
+    """X → (T Tᵀ + δ)⁻¹ X, with a shift δ at the level of rounding."""
+    start_KQ: torch.Tensor
+    """Orthonormal columns, fp64, whose span holds the minor end."""
+    factor: Factor
+
+
+def choose_factor(shape: tuple[int, int], r: int) -> Factor:
+    """The cheapest factor for a matrix of this shape (measured; see the README's table). Local."""
+    k = min(shape)
+    is_square = shape[0] == shape[1]
+    if k <= (SMALL_SIDE if is_square else 640) or r > k // 32:
+        return "eigh"
+    return "lu" if is_square else "gram"
+
+
+def block_width(r: int) -> int:
+    """Columns of a Krylov block: some more than the basis has, since the last ones converge slowly."""
+    return r + max(8, r // 2)
+
+
+def cost(shape: tuple[int, int], r: int) -> float:
+    """Seconds of a solve on one core of the machine that the README's table names, to compare matrices. Local."""
+    return sum(amount / _RATES[kind] for kind, amount in work(shape, r).items())
+
+
+def work(shape: tuple[int, int], r: int) -> dict[str, float]:
+    """The work of a solve by kind: floating-point operations, and bytes of the passes that memory limits. Local."""
+    k, long = min(shape), max(shape)
+    factor = choose_factor(shape, r)
+    if factor == "lu":
+        return {"lu": 2 / 3 * k**3, "bytes": 4 * k**2 * _PASSES["lu"]}
+    if factor == "gram":
+        return {"gram": long * k**2, "cholesky": k**3 / 3, "bytes": 8 * k**2 * _PASSES["gram"] + 16 * long * k}
+    return {"gram": long * k**2, "eigh": 4 / 3 * k**3}
+
+
+# Operations (bytes) a second of one core, and how often a solve reads its factor: measured, see tests/benchmarks.
+_RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
+_PASSES = {"lu": 40, "gram": 40}
+
+
+def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
+    """Factor T and find a start. Raises: LinAlgError where T is singular to the factor's rounding."""
+    k = len(T_KL)
+    if factor == "lu":
+        T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
+        largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), k)
+        inverse = _lu_inverse(T32_KK)
+        # fp32 noise stops it soon; corrections through T do the rest
+        width = block_width(r)
+        steps = min(8, k // 2 // width)
+        start_KQ = _krylov(inverse, k, r + 1, width, 1e-3, steps, dtype=torch.float32, first_check=5)
+        return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ.double()).Q, factor)
+    G_KK = gram(T_KL)
+    if factor == "gram":
+        return factor_gram(G_KK, r, tolerance=1e-6)
+    largest = _largest_of_gram(G_KK)
+    lowest = min(r + 1, k)  # one more than the basis, for the gap
+    minor = scipy.linalg.eigh(G_KK, subset_by_index=[0, lowest - 1], check_finite=False)[1]
+    return Factored(largest**0.5, _cholesky_inverse(G_KK, largest), torch.linalg.qr(torch.from_numpy(minor)).Q, factor)
+
+
+def factor_gram(G_KK: np.ndarray[Any, Any], r: int, tolerance: float) -> Factored:
+    """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough) in its own memory, and find a start.
+
+    `r` is at most K / 32; `tolerance` is that of the residuals, relative to the inverse's eigenvalues.
+    """
+    k, width = len(G_KK), block_width(r)
+    largest = _largest_of_gram(G_KK)
+    inverse = _cholesky_inverse(G_KK, largest)
+    start_KQ = _krylov(inverse, k, r + 1, width, tolerance, steps=max(1, k // 2 // width), first_check=8)
+    return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ).Q, "gram")
+
+
+def gram(T_KL: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The lower triangle of T Tᵀ in fp64, column-major for LAPACK. In fp32 it would lose half of its digits."""
+    G_KK = np.zeros((len(T_KL), len(T_KL)), order="F")
+    for part in _fp64_parts(T_KL, 4 * _CHUNK):
+        is_by_rows = part.stride(1) == 1
+        by_columns = (part.T if is_by_rows else part).numpy()
+        scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G_KK, trans=is_by_rows, lower=True, overwrite_c=True)
+    return G_KK
+
+
+def _cholesky_inverse(G_KK: np.ndarray[Any, Any], largest: float) -> Operator:
+    """X → (G + δ)⁻¹ X; G's lower triangle is factored in its own memory when it is first needed."""
+
+    @functools.cache
+    def factored() -> torch.Tensor:
+        k = len(G_KK)
+        # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
+        G_KK[np.diag_indices(k)] += k * EPS64 * largest or 1.0
+        L_KK, failed = scipy.linalg.lapack.dpotrf(G_KK, lower=True, overwrite_a=True, clean=False)
+        if failed:
+            raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
+        return torch.from_numpy(L_KK)
+
+    def inverse(X: torch.Tensor) -> torch.Tensor:
+        Y = torch.linalg.solve_triangular(factored(), X, upper=False)
+        return torch.linalg.solve_triangular(factored().T, Y, upper=True)
+
+    return inverse
+
+
+def _lu_inverse(T_KK: torch.Tensor) -> Operator:
+    """Factor a square T, fp32, in its own memory. LAPACK works on columns, so it sees the transpose."""
+    LU_KK, pivots = (torch.from_numpy(a) for a in scipy.linalg.lapack.sgetrf(T_KK.numpy().T, overwrite_a=True)[:2])
+    diagonal = LU_KK.diagonal().abs()
+    if diagonal.min() <= torch.finfo(torch.float32).eps ** 0.5 * diagonal.max():
+        raise np.linalg.LinAlgError("a pivot vanishes: one direction would drown the others in fp32's rounding")
+    pivots += 1  # torch counts from 1
+
+    def inverse(X: torch.Tensor) -> torch.Tensor:
+        Y = torch.linalg.lu_solve(LU_KK, pivots, X.float(), adjoint=True)
+        return torch.linalg.lu_solve(LU_KK, pivots, Y).to(X.dtype)
+
+    return inverse
+
+
+def _krylov(
+    operator: Operator,
+    k: int,
+    wanted: int,
+    width: int,
+    tolerance: float,
+    steps: int,
+    dtype: torch.dtype = torch.float64,
+    first_check: int = 3,
+) -> torch.Tensor:
+    """The dominant eigenvectors (K, width) of a symmetric positive operator, the first `wanted` to a tolerance.
+
+    Block Lanczos from a fixed random block; each block is orthogonalised against all before it, twice. It ends when the
+    residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or after `steps`.
+    """
+    block = torch.linalg.qr(random_normal(k, width, seed=0).to(dtype)).Q
+    basis = torch.empty(k, steps * width, dtype=dtype)
+    H = torch.zeros(steps * width, steps * width, dtype=dtype)
+    next_check = first_check
+    for step in range(1, steps + 1):
+        known = basis[:, : step * width]
+        new = slice((step - 1) * width, step * width)
+        basis[:, new] = block
+        Y = operator(block)
+        coefficients = known.T @ Y
+        block, first = torch.linalg.qr(Y.addmm(known, coefficients, alpha=-1))
+        # Again, now that the columns are of length 1: where Y vanished (the space is exhausted), they are noise.
+        missed = known.T @ block
+        block, second = torch.linalg.qr(block.addmm(known, missed, alpha=-1))
+        H[: step * width, new] = coefficients + missed @ first
+        next_coefficients = second @ first
+        if step < min(next_check, steps):
+            continue
+        next_check = step + 1 + step // 8  # the decomposition below grows with the cube of the step
+        values, vectors = torch.linalg.eigh(H[: step * width, : step * width], UPLO="U")
+        errors = (next_coefficients @ vectors[-width:, -wanted:]).norm(dim=0)
+        if (errors <= tolerance * values[-wanted:].abs()).all():
+            break
+    return known @ vectors[:, -width:]
+
+
+def _largest(operator: Operator, k: int) -> float:
+    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
+    if k <= SMALL_SIDE:
+        return float(torch.linalg.eigvalsh(operator(torch.eye(k, dtype=torch.float64)))[-1].clamp(min=0))
+    top = _krylov(operator, k, 1, width=8, tolerance=3e-2, steps=16)[:, -1:]
+    return float((top.T @ operator(top)).squeeze().clamp(min=0))
+
+
+def _largest_of_gram(G_KK: np.ndarray[Any, Any]) -> float:
+    symm = scipy.linalg.blas.dsymm
+    return _largest(lambda X: torch.from_numpy(symm(1.0, G_KK, X.numpy(), lower=True)), len(G_KK))
+
+
+def multiply(T_KL: torch.Tensor, X_KQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y = Tᵀ X (L, Q) and Z = T Y (K, Q) in fp64, in one pass over T (any dtype)."""
+    Z_KQ = torch.zeros_like(X_KQ)
+    Y_LQ = X_KQ.new_empty(T_KL.shape[1], X_KQ.shape[1])
+    done = 0
+    for part in _fp64_parts(T_KL, _CHUNK):
+        Y_part = torch.mm(part.T, X_KQ, out=Y_LQ[done : done + part.shape[1]])
+        Z_KQ.addmm_(part, Y_part)
+        done += part.shape[1]
+    return Y_LQ, Z_KQ
+
+
+def times(T_KL: torch.Tensor, Y_LQ: torch.Tensor) -> torch.Tensor:
+    """T Y (K, Q) in fp64."""
+    Z_KQ = Y_LQ.new_zeros(len(T_KL), Y_LQ.shape[1])
+    done = 0
+    for part in _fp64_parts(T_KL, _CHUNK):
+        Z_KQ.addmm_(part, Y_LQ[done : done + part.shape[1]])
+        done += part.shape[1]
+    return Z_KQ
+
+
+def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
+    """T in fp64, some columns at a time, in the same memory each time: fresh memory costs more than the cast."""
+    if T_KL.dtype == torch.float64:
+        yield T_KL
+        return
+    k = len(T_KL)
+    size = max(128, entries // k)
+    # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
+    buffer = torch.empty((k, size) if T_KL.stride(1) == 1 else (size, k), dtype=torch.float64)
+    for part in T_KL.split(size, dim=1):
+        whole = part.shape[1] == size
+        if T_KL.stride(1) == 1:
+            target = buffer if whole else torch.empty(part.shape, dtype=torch.float64)
+        else:
+            target = buffer[: part.shape[1]].T
+        yield target.copy_(part)
+
+
+def random_normal(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
