@@ -173,7 +173,8 @@ def _solve_one(
     started = time.perf_counter()
     factor = None if settings.factor == "auto" else settings.factor
     try:
-        solution = solver.solve(W, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
+        on_device = W.to(exchange.choose_device(matrix, settings.device))
+        solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
     except solver.NotFiniteError:
         raise UserError(f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again") from None
     stored = (W.T if matrix.is_transposed else W).reshape(-1)

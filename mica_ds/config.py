@@ -48,6 +48,8 @@ class BasisSettings(Section):
     """How weights reach the rank that solves them: whole, or as partial Grams; the engine chooses for each."""
     factor: Literal["auto", "lu", "gram", "eigh"] = "auto"
     """What is factored: the square weight, its Gram, or the Gram's eigenproblem; the engine chooses for each."""
+    device: Literal["auto", "cpu"] = "auto"
+    """Where whole weights are solved: on the owner's GPU where it has fp64 units and room, or always on its CPU."""
 
 
 class DataSettings(Section):

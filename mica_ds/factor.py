@@ -1,4 +1,4 @@
-"""What a matrix is factored into, and the inverse iteration on it. Pure tensors on the CPU; no ranks, no files.
+"""What a matrix is factored into, and the inverse iteration on it. Pure tensors; no ranks, no files.
 
 Block Krylov on the inverse: the minor end of W is the dominant end of (W Wᵀ)⁻¹, which a factorisation of W applies.
 A rough start is enough, since `solver` refines what comes out of here through W itself.
@@ -11,17 +11,17 @@ of a block. T (K, L) is W or its transpose, whichever is wide: the work is done 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import scipy.linalg
 import torch
 
+from mica_ds import symmetric
+
 Factor = Literal["lu", "gram", "eigh"]
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
-# What numpy and torch raise where a factorisation or an eigenproblem fails.
-FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 EPS64 = torch.finfo(torch.float64).eps
 SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
 _CHUNK = 1 << 20  # entries that are cast to fp64 at a time: they stay in the cache
@@ -39,10 +39,13 @@ class Factored:
     factor: Factor
 
 
-def choose_factor(shape: tuple[int, int], r: int) -> Factor:
-    """The cheapest factor for a matrix of this shape (measured; see the README's table). Local."""
+def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Factor:
+    """The cheapest factor for a matrix of this shape (measured; see the README's table). Local.
+
+    A GPU with fp64 units makes a Gram faster than it factors an LU.
+    """
     k = min(shape)
-    is_square = shape[0] == shape[1]
+    is_square = shape[0] == shape[1] and on_host
     if k <= (SMALL_SIDE if is_square else 640) or r > k // 32:
         return "eigh"
     return "lu" if is_square else "gram"
@@ -79,56 +82,51 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
     k = len(T_KL)
     if factor == "lu":
         T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
-        largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), k)
+        largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), T_KL)
         inverse = _lu_inverse(T32_KK)
         # fp32 noise stops it soon; corrections through T do the rest
         width = block_width(r)
         steps = min(8, k // 2 // width)
-        start_KQ = _krylov(inverse, k, r + 1, width, 1e-3, steps, dtype=torch.float32, first_check=5)
+        start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)
         return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ.double()).Q, factor)
     G_KK = gram(T_KL)
     if factor == "gram":
         return factor_gram(G_KK, r, tolerance=1e-6)
     largest = _largest_of_gram(G_KK)
-    lowest = min(r + 1, k)  # one more than the basis, for the gap
-    minor = scipy.linalg.eigh(G_KK, subset_by_index=[0, lowest - 1], check_finite=False)[1]
-    return Factored(largest**0.5, _cholesky_inverse(G_KK, largest), torch.linalg.qr(torch.from_numpy(minor)).Q, factor)
+    minor = symmetric.eigenvectors(G_KK, 0, min(r, k - 1))  # one more than the basis, for the gap
+    return Factored(largest**0.5, _cholesky_inverse(G_KK, largest), torch.linalg.qr(minor).Q, factor)
 
 
-def factor_gram(G_KK: np.ndarray[Any, Any], r: int, tolerance: float) -> Factored:
-    """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough) in its own memory, and find a start.
+def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
+    """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough), and find a start.
 
-    `r` is at most K / 32; `tolerance` is that of the residuals, relative to the inverse's eigenvalues.
+    On the host it is done in the Gram's own memory. `r` is at most K / 32; `tolerance` is that of the residuals,
+    relative to the inverse's eigenvalues.
     """
     k, width = len(G_KK), block_width(r)
     largest = _largest_of_gram(G_KK)
     inverse = _cholesky_inverse(G_KK, largest)
-    start_KQ = _krylov(inverse, k, r + 1, width, tolerance, steps=max(1, k // 2 // width), first_check=8)
+    start = random_normal(k, width, seed=0).to(G_KK)
+    start_KQ = _krylov(inverse, start, r + 1, tolerance, steps=max(1, k // 2 // width), first_check=8)
     return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ).Q, "gram")
 
 
-def gram(T_KL: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The lower triangle of T Tᵀ in fp64, column-major for LAPACK. In fp32 it would lose half of its digits."""
-    G_KK = np.zeros((len(T_KL), len(T_KL)), order="F")
+def gram(T_KL: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
+    G_KK = symmetric.zeros(len(T_KL), T_KL.device)
     for part in _fp64_parts(T_KL, 4 * _CHUNK):
-        is_by_rows = part.stride(1) == 1
-        by_columns = (part.T if is_by_rows else part).numpy()
-        scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G_KK, trans=is_by_rows, lower=True, overwrite_c=True)
+        symmetric.add_gram(G_KK, part)
     return G_KK
 
 
-def _cholesky_inverse(G_KK: np.ndarray[Any, Any], largest: float) -> Operator:
-    """X → (G + δ)⁻¹ X; G's lower triangle is factored in its own memory when it is first needed."""
+def _cholesky_inverse(G_KK: torch.Tensor, largest: float) -> Operator:
+    """X → (G + δ)⁻¹ X; G is factored when it is first needed."""
 
     @functools.cache
     def factored() -> torch.Tensor:
-        k = len(G_KK)
         # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
-        G_KK[np.diag_indices(k)] += k * EPS64 * largest or 1.0
-        L_KK, failed = scipy.linalg.lapack.dpotrf(G_KK, lower=True, overwrite_a=True, clean=False)
-        if failed:
-            raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
-        return torch.from_numpy(L_KK)
+        G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
+        return symmetric.cholesky(G_KK)
 
     def inverse(X: torch.Tensor) -> torch.Tensor:
         Y = torch.linalg.solve_triangular(factored(), X, upper=False)
@@ -153,23 +151,18 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
 
 
 def _krylov(
-    operator: Operator,
-    k: int,
-    wanted: int,
-    width: int,
-    tolerance: float,
-    steps: int,
-    dtype: torch.dtype = torch.float64,
-    first_check: int = 3,
+    operator: Operator, start_KQ: torch.Tensor, wanted: int, tolerance: float, steps: int, first_check: int = 3
 ) -> torch.Tensor:
-    """The dominant eigenvectors (K, width) of a symmetric positive operator, the first `wanted` to a tolerance.
+    """The dominant eigenvectors (K, Q) of a symmetric positive operator, the first `wanted` to a tolerance.
 
-    Block Lanczos from a fixed random block; each block is orthogonalised against all before it, twice. It ends when the
-    residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or after `steps`.
+    Block Lanczos from a random block, in its dtype and on its device; each block is orthogonalised against all before
+    it, twice. It ends when the residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or
+    after `steps`.
     """
-    block = torch.linalg.qr(random_normal(k, width, seed=0).to(dtype)).Q
-    basis = torch.empty(k, steps * width, dtype=dtype)
-    H = torch.zeros(steps * width, steps * width, dtype=dtype)
+    block = torch.linalg.qr(start_KQ).Q
+    k, width = block.shape
+    basis = block.new_empty(k, steps * width)
+    H = block.new_zeros(steps * width, steps * width)
     next_check = first_check
     for step in range(1, steps + 1):
         known = basis[:, : step * width]
@@ -193,17 +186,19 @@ def _krylov(
     return known @ vectors[:, -width:]
 
 
-def _largest(operator: Operator, k: int) -> float:
-    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
+def _largest(operator: Operator, like: torch.Tensor) -> float:
+    """The largest eigenvalue of a symmetric positive operator on as many rows as `like`, to about 1e-3, from below."""
+    k = len(like)
     if k <= SMALL_SIDE:
-        return float(torch.linalg.eigvalsh(operator(torch.eye(k, dtype=torch.float64)))[-1].clamp(min=0))
-    top = _krylov(operator, k, 1, width=8, tolerance=3e-2, steps=16)[:, -1:]
+        identity = torch.eye(k, dtype=torch.float64, device=like.device)
+        return float(torch.linalg.eigvalsh(operator(identity))[-1].clamp(min=0))
+    start = random_normal(k, 8, seed=0).to(like.device)
+    top = _krylov(operator, start, 1, tolerance=3e-2, steps=16)[:, -1:]
     return float((top.T @ operator(top)).squeeze().clamp(min=0))
 
 
-def _largest_of_gram(G_KK: np.ndarray[Any, Any]) -> float:
-    symm = scipy.linalg.blas.dsymm
-    return _largest(lambda X: torch.from_numpy(symm(1.0, G_KK, X.numpy(), lower=True)), len(G_KK))
+def _largest_of_gram(G_KK: torch.Tensor) -> float:
+    return _largest(functools.partial(symmetric.times, G_KK), G_KK)
 
 
 def multiply(T_KL: torch.Tensor, X_KQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,11 +231,12 @@ def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
     k = len(T_KL)
     size = max(128, entries // k)
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
-    buffer = torch.empty((k, size) if T_KL.stride(1) == 1 else (size, k), dtype=torch.float64)
+    shape = (k, size) if T_KL.stride(1) == 1 else (size, k)
+    buffer = torch.empty(shape, dtype=torch.float64, device=T_KL.device)
     for part in T_KL.split(size, dim=1):
         whole = part.shape[1] == size
         if T_KL.stride(1) == 1:
-            target = buffer if whole else torch.empty(part.shape, dtype=torch.float64)
+            target = buffer if whole else buffer.new_empty(part.shape)
         else:
             target = buffer[: part.shape[1]].T
         yield target.copy_(part)

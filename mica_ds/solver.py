@@ -1,4 +1,4 @@
-"""The minor left singular vectors of one matrix. Pure tensors on the CPU; no ranks, no files.
+"""The minor left singular vectors of one matrix. Pure tensors; no ranks, no files.
 
 What the inverse iteration on a factor of W finds is judged and refined through W itself in fp64: Rayleigh-Ritz, and
 corrections from the residual (Davidson's method), until the residual meets the tolerance. So the factor may be rough:
@@ -12,12 +12,11 @@ Method: Rüdiger and Raschka, "MiCA Learns More Knowledge Than LoRA and Full Fin
 
 from dataclasses import dataclass
 
-import scipy.linalg
 import torch
 
+from mica_ds import symmetric
 from mica_ds.factor import (
     EPS64,
-    FAILURES,
     SMALL_SIDE,
     Factor,
     Factored,
@@ -88,11 +87,11 @@ def minor_left_singular_vectors(W_MN: torch.Tensor, r: int) -> torch.Tensor:
     """The `r` left singular vectors of the smallest singular values of the thin SVD.
 
     Args:
-        W_MN: any floating dtype, on the CPU, finite.
+        W_MN: any floating dtype, finite; where it lies, on the host or on a GPU, it is solved.
         r: between 1 and min(M, N).
 
-    Returns: B (M, r), fp32, orthonormal, columns by descending singular value; deterministic, each column's entry of
-    largest magnitude positive.
+    Returns: B (M, r) on the host, fp32, orthonormal, columns by descending singular value; deterministic, each column's
+    entry of largest magnitude positive.
     Raises: ValueError where r is out of range or W is not finite.
     """
     return solve(W_MN, r).B_MR
@@ -102,7 +101,7 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
     """Find the basis of rank `r` in the named subspace (minor, principal or random) and the minor end of the spectrum.
 
     See `minor_left_singular_vectors` for the rest. `seed` draws the random subspace; `factor` replaces the choice of
-    `choose_factor` where it can: small sides are always solved whole, and only a square matrix has an LU.
+    `choose_factor` where it can: small sides are always solved whole, and only a square matrix on the host has an LU.
     """
     W_MN = W_MN.detach()
     m, n = W_MN.shape
@@ -113,15 +112,15 @@ def solve(W_MN: torch.Tensor, r: int, subspace: str = "minor", seed: int = 0, fa
         raise NotFiniteError("the matrix holds NaN or Inf")
     T_KL = W_MN if m <= n else W_MN.T
     T64_KL = T_KL.double() if T_KL.numel() <= _SMALL_ENTRIES else T_KL
-    first = choose_factor((m, n), r)
-    if factor and k > max(SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or m == n):
+    first = choose_factor((m, n), r, symmetric.on_host(W_MN))
+    if factor and k > max(SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or (m == n and symmetric.on_host(W_MN))):
         first = factor
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
         try:
             factored = factorise(T_KL if attempt == "lu" else T64_KL, r, attempt)
             minor, is_converged = _refine(T64_KL, factored, r, is_left=m <= n)
-        except FAILURES:
+        except symmetric.FAILURES:
             if attempt == "eigh":
                 raise
             is_converged = False
@@ -212,7 +211,7 @@ def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int, i
 def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unconverged: list[Factor]) -> Solution:
     sigma_max = factored.sigma_max
     return Solution(
-        B_MR=_fix_signs(U_MR).float().contiguous(),
+        B_MR=_fix_signs(U_MR).float().contiguous().cpu(),
         sigma_max=sigma_max,
         sigma_minor=minor.sigma[-r:].tolist(),
         relative_gap=None if r == len(minor.X_KQ) else minor.gap(r),
@@ -234,7 +233,7 @@ def _long_side(T_KL: torch.Tensor, minor: _Ritz, r: int, factored: Factored) -> 
     lost = int((sigma <= _NEGLIGIBLE * factored.sigma_max).sum())
     Y_LR = minor.Y_LQ[:, -r:][:, : r - lost] / sigma[: r - lost]
     if lost:
-        filling = random_normal(len(Y_LR), lost, seed=0)
+        filling = random_normal(len(Y_LR), lost, seed=0).to(Y_LR.device)
         for _ in range(3):  # each leaves δ / (σ² + δ) of what lies in range(W), δ being the shift in `inverse`
             filling = torch.linalg.qr(filling).Q
             filling = filling - multiply(T_KL, factored.inverse(times(T_KL, filling)))[0]
@@ -244,8 +243,8 @@ def _long_side(T_KL: torch.Tensor, minor: _Ritz, r: int, factored: Factored) -> 
 
 def _principal(T_KL: torch.Tensor, r: int, is_wide: bool) -> torch.Tensor:
     k = len(T_KL)
-    X_KR = scipy.linalg.eigh(gram(T_KL), subset_by_index=[k - r, k - 1], check_finite=False)[1][:, ::-1].copy()
-    return torch.from_numpy(X_KR) if is_wide else torch.linalg.qr(multiply(T_KL, torch.from_numpy(X_KR))[0]).Q
+    X_KR = symmetric.eigenvectors(gram(T_KL), k - r, k - 1).flip(1)
+    return X_KR if is_wide else torch.linalg.qr(multiply(T_KL, X_KR)[0]).Q
 
 
 def _fix_signs(U_MR: torch.Tensor) -> torch.Tensor:

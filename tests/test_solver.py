@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from mica_ds.solver import Factor, Solution, minor_left_singular_vectors, solve
+from mica_ds import symmetric
+from mica_ds.factor import Factor
+from mica_ds.solver import Solution, minor_left_singular_vectors, solve
 
 EPS32 = 2.0**-23
 ALL = 1 << 30  # an r that stands for K
@@ -268,6 +270,30 @@ def test_the_same_matrix_gives_the_same_bits(factor: Factor) -> None:
     B = solve(W, 7, factor=factor).B_MR
     assert torch.equal(B, solve(W.clone(), 7, factor=factor).B_MR)
     assert (B.gather(0, B.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+ON_A_GPU = [*product([(200, 96), (300, 300), (700, 320), (320, 700), (900, 650)], [1, 8, 64])]
+DEGENERATE = ["gaussian", "outliers", "deficient by 4", "zero rows", "condition 1e8", "ten equal values of 1e-3"]
+
+
+@pytest.mark.parametrize(("shape", "r"), ON_A_GPU, ids=_id)
+@pytest.mark.parametrize("recipe", DEGENERATE)
+def test_what_a_gpu_would_compute(recipe: str, shape: tuple[int, int], r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own routines, which stand in for LAPACK's on a GPU, on this CPU."""
+    monkeypatch.setattr(symmetric, "on_host", lambda _: False)
+    truth = made(recipe, shape)
+    solution = solve(truth.W_MN, r)
+    assert solution.factor != "lu"
+    assert_is_right(truth, r, solution)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "r"), ON_A_GPU, ids=_id)
+@pytest.mark.parametrize("recipe", DEGENERATE)
+def test_on_a_gpu(recipe: str, shape: tuple[int, int], r: int) -> None:
+    truth = made(recipe, shape)
+    assert_is_right(truth, r, solve(truth.W_MN.cuda(), r))
 
 
 @pytest.mark.parametrize("shape", [(50, 30), (30, 50), (300, 300)])

@@ -1,0 +1,56 @@
+"""Symmetric fp64 matrices, given by their lower triangles: LAPACK in their own memory on the host, torch on a GPU.
+
+On the host scipy's OpenBLAS beats torch's MKL for these, and takes half the memory (measured; see the README's table).
+Shapes: G (K, K), column-major on the host, as `zeros` makes it.
+"""
+
+import numpy as np
+import scipy.linalg
+import torch
+
+# What numpy and torch raise where a factorisation or an eigenproblem fails.
+FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether LAPACK can work on it. Local."""
+    return tensor.device.type == "cpu"
+
+
+def zeros(k: int, device: torch.device) -> torch.Tensor:
+    """A symmetric matrix of zeros, column-major."""
+    return torch.zeros(k, k, dtype=torch.float64, device=device).T
+
+
+def add_gram(G_KK: torch.Tensor, part_KQ: torch.Tensor) -> None:
+    """G += P Pᵀ, in place; P is fp64 and lies by rows or by columns."""
+    if not on_host(G_KK):
+        G_KK.addmm_(part_KQ, part_KQ.T)
+        return
+    is_by_rows = part_KQ.stride(1) == 1
+    by_columns = (part_KQ.T if is_by_rows else part_KQ).numpy()
+    scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G_KK.numpy(), trans=is_by_rows, lower=True, overwrite_c=True)
+
+
+def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
+    """G X."""
+    if not on_host(G_KK):
+        return G_KK.tril() @ X_KQ + G_KK.tril(-1).T @ X_KQ
+    return torch.from_numpy(scipy.linalg.blas.dsymm(1.0, G_KK.numpy(), X_KQ.numpy(), lower=True))
+
+
+def cholesky(G_KK: torch.Tensor) -> torch.Tensor:
+    """L with L Lᵀ = G; on the host in G's own memory. Raises: LinAlgError where G is not positive definite."""
+    if not on_host(G_KK):
+        return torch.linalg.cholesky(G_KK)
+    L_KK, failed = scipy.linalg.lapack.dpotrf(G_KK.numpy(), lower=True, overwrite_a=True, clean=False)
+    if failed:
+        raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
+    return torch.from_numpy(L_KK)
+
+
+def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """The eigenvectors of the eigenvalues number `first` to `last`, in ascending order, as columns."""
+    if not on_host(G_KK):
+        return torch.linalg.eigh(G_KK, UPLO="L")[1][:, first : last + 1]
+    return torch.from_numpy(scipy.linalg.eigh(G_KK.numpy(), subset_by_index=[first, last], check_finite=False)[1])
