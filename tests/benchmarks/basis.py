@@ -228,9 +228,9 @@ def measure_rates() -> dict[str, float]:
     k, long = 4096, 8192
     T_KL = trained_like((k, long), seed=0)
     G_KK = factor.gram(T_KL)
-    L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK, lower=True))
+    L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK.numpy(), lower=True))
     X_KQ = torch.randn(k, factor.block_width(R), dtype=torch.float64)
-    corner = G_KK[:1024, :1024].copy()
+    corner = G_KK[:1024, :1024].numpy().copy()
     sgetrf = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
     dpotrf = functools.partial(scipy.linalg.lapack.dpotrf, lower=True, overwrite_a=True, clean=False)
 
@@ -241,7 +241,7 @@ def measure_rates() -> dict[str, float]:
     return {
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
         "gram": long * k**2 / timed(lambda: factor.gram(T_KL)),
-        "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.copy(order="F"),)),
+        "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.numpy().copy(order="F"),)),
         "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=[0, R])),
         "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
     }
