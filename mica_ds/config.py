@@ -28,6 +28,8 @@ class ModelSettings(Section):
     """Folder of a transformers checkpoint in safetensors."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; the masters of what trains are fp32 in either case."""
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """transformers' attention; those other than sdpa need their package, and a GPU."""
 
 
 class AdapterSettings(Section):
@@ -59,6 +61,10 @@ class DataSettings(Section):
     """Share of the training sequences that comes from `replay`, where there is any."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens of a training sequence."""
+    pack: bool = True
+    """Whether documents share a sequence, without seeing one another; otherwise each has its own, padded at the end."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share each sequence (DeepSpeed's Ulysses), for sequences too long for the memory of one."""
     global_batch: PositiveInt = 32
     """Sequences a step over all ranks; gradient accumulation is derived from it."""
 

@@ -24,10 +24,10 @@ def build_dataset(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, se
     Raises: UserError where a source is missing, unreadable or empty.
     """
     with comm.failing_together():
-        corpus = _packed(settings.corpus, "data.corpus", tokenizer, settings.sequence_length)
+        corpus = _rows(settings, settings.corpus, "data.corpus", tokenizer)
         if not settings.replay:
             return _whole_batches(corpus.shuffle(seed=seed), settings.global_batch)
-        replay = _packed(settings.replay, "data.replay", tokenizer, settings.sequence_length)
+        replay = _rows(settings, settings.replay, "data.replay", tokenizer)
     share = settings.replay_fraction
     # The shorter source starts over until the longer one has been seen whole.
     mixed = interleave_datasets(
@@ -107,10 +107,12 @@ def _read_text(file: Path, key: str) -> str:
         raise UserError(f"{key}: {file} is not UTF-8 text") from None
 
 
-def _packed(sources: list[Path], key: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def _rows(settings: DataSettings, sources: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     tokenised = tokenizer(read_documents(sources, key), return_attention_mask=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    return Dataset.from_list(pack(([*document, end] for document in tokenised), length, padding=end))
+    end, length = tokenizer.eos_token_id, settings.sequence_length
+    documents = [[*document, end] for document in tokenised]
+    together = [documents] if settings.pack else [[document] for document in documents]
+    return Dataset.from_list([row for part in together for row in pack(part, length, padding=end)])
 
 
 def pack(documents: Iterable[list[int]], length: int, padding: int) -> list[dict[str, list[int]]]:

@@ -36,7 +36,8 @@ from mica_ds.data import build_dataset, digest
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
-from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer
+from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, peak_rss, print_summary, rss, write_summary
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
 from mica_ds.tracking import Tracker
@@ -48,6 +49,7 @@ def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
     folder = _open_run_folder(config)
     with comm.failing_together():
+        check_parallelism(config, read_model_config(config.model.path))
         args = training_arguments(config, accumulation_steps(config))
         tokenizer = load_tokenizer(config.model)
     set_seed(args.seed)
@@ -149,6 +151,8 @@ def _start(config: Config, made_of: dict[str, Any], steps: int) -> tuple[Path | 
         return None, -1
     with comm.failing_together():
         check_origin(checkpoint, made_of)
+        if config.data.sequence_parallel > 1:  # accelerate (1.15) skips no batches under it
+            raise UserError(f"{checkpoint}: a run with data.sequence_parallel cannot go on; set resume=never")
     step = read_state(checkpoint)["step"]
     if step < steps:
         comm.say(f"resume: {checkpoint}, {steps - step} steps to go")

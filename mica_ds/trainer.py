@@ -23,6 +23,8 @@ from mica_ds.checkpoint import read_state, restore_optimizer, restore_random_sta
 from mica_ds.config import CheckpointSettings, Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
+from mica_ds.loss import tile_loss
+from mica_ds.parallelism import parallelism, token_loss
 from mica_ds.tracking import Tracker
 
 
@@ -31,12 +33,13 @@ def accumulation_steps(config: Config) -> int:
 
     Raises: UserError where the ranks cannot divide the global batch.
     """
-    micro, ranks = _arguments(config)["per_device_train_batch_size"], comm.world_size()
-    steps, rest = divmod(config.data.global_batch, micro * ranks)
+    micro, together = _arguments(config)["per_device_train_batch_size"], config.data.sequence_parallel
+    steps, rest = divmod(config.data.global_batch * together, micro * comm.world_size())
     if rest or not steps:
+        shared = f" / data.sequence_parallel={together}" if together > 1 else ""
         raise UserError(
             f"data.global_batch={config.data.global_batch} is not divisible by "
-            f"{ranks} ranks × train.per_device_train_batch_size={micro}"
+            f"{comm.world_size()} ranks{shared} × train.per_device_train_batch_size={micro}"
         )
     return steps
 
@@ -63,6 +66,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
             output_dir=str(config.output_dir / "checkpoints"),
             gradient_accumulation_steps=accumulation,
             deepspeed=deepspeed,
+            parallelism_config=parallelism(config),
             bf16=config.model.dtype == "bfloat16",
             use_cpu=not torch.cuda.is_available(),
             report_to=[],
@@ -194,6 +198,24 @@ class MicaTrainer(Trainer):
         self.run = RunCallback(self, evaluator, tracker, settings.max_skipped, facts)
         self.add_callback(self.run)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.parallelism_config:  # then transformers does not count, and weighs each micro-batch alike (5.23)
+            items = comm.sum_(sum(sample["shift_labels"].ne(-100).sum().cpu() for sample in samples)).to(device)
+        return samples, items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if not self.args.parallelism_config:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+        return token_loss(outputs.loss, self.args.world_size // self.args.parallelism_config.sp_size)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self._saved_step:
             return  # an epoch's last step may ask twice
@@ -254,6 +276,7 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
+    tile_loss(model)
     return MicaTrainer(
         model=model,
         args=args,
