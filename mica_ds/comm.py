@@ -255,7 +255,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(asked, flush=True)
     except BaseException:
-        code = 1
+        code = signals.EXIT_CODE if signals.received() else 1
         import traceback
 
         print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)

@@ -21,7 +21,7 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     Raises: UserError where the checkpoint was made with another adapter.
     """
     check_origin(checkpoint, fixed_settings(config))
-    target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
+    target = export_folder(config)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -32,6 +32,11 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target
+
+
+def export_folder(config: Config) -> Path:
+    """Where a run's export goes. Local."""
+    return config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
 
 
 def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -122,9 +122,14 @@ class RunCallback(TrainerCallback):
         self._started = time.perf_counter()
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
         if float(state.epoch).is_integer():
             self._restore_random_state()
+        if args.parallelism_config:
+            # DeepSpeed's loader (0.19.8) begins an epoch with the end of the one before, and does not shuffle it.
+            shared = has["train_dataloader"]
+            shared.dl.set_epoch(round(state.epoch))
+            shared.iter = iter(shared.dl)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restore_random_state()
@@ -240,7 +245,7 @@ class MicaTrainer(Trainer):
             self.state.compute_steps(self.args, max_steps)  # what was loaded holds the earlier start's
             restore_optimizer(self.model_wrapped, checkpoint)
             # accelerate's wrapper steps only when DeepSpeed does (1.15): the scheduler itself.
-            scheduler: Any = getattr(self.lr_scheduler, "scheduler")
+            scheduler = cast(Any, self.lr_scheduler).scheduler
             scheduler.load_state_dict(read_state(checkpoint)["scheduler"])
             scheduler.last_epoch -= 1
             scheduler.step()  # sets the optimizer's learning rate, by this start's number of steps
