@@ -10,7 +10,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
 
 from mica_ds import comm
-from mica_ds.config import Config
+from mica_ds.config import Config, read_deepspeed
 from mica_ds.errors import UserError
 
 
@@ -45,6 +45,9 @@ def check_parallelism(config: Config, model_config: Any) -> None:
         raise UserError(
             f"data.sequence_parallel={size} and the model's {key_value_heads} key-value heads do not divide"
         )
+    if not read_deepspeed(config)["zero_optimization"].get("reduce_scatter", True):
+        # DeepSpeed (0.19.8) scales gradients by the size of the group there, and only there.
+        raise UserError(f"{config.deepspeed}: data.sequence_parallel needs reduce_scatter, which is its default")
     if config.data.pack and config.model.attention == "sdpa":
         # DeepSpeed (0.19.8) drops the mask, and sdpa does not look at the positions.
         raise UserError(
@@ -53,13 +56,12 @@ def check_parallelism(config: Config, model_config: Any) -> None:
         )
 
 
-def token_loss(local: torch.Tensor, groups: int) -> torch.Tensor:
+def token_loss(local: torch.Tensor) -> torch.Tensor:
     """The loss that gives DeepSpeed the right gradient, with the value of the whole micro-batch. Collective.
 
-    Args:
-        local: this rank's summed loss over the tokens of the whole step.
-        groups: ranks that see different sequences; DeepSpeed averages gradients over these and sums within them.
+    `local` is this rank's summed loss over the number of tokens of the whole step: what the ranks' losses, and so their
+    gradients, must add up to. DeepSpeed (0.19.8, with `reduce_scatter`) averages the gradients of all ranks instead.
     """
+    share = local * comm.world_size()
     whole = comm.sum_(local.detach().float().cpu().view(1)).to(local)[0]
-    share = local * groups
     return share + (whole - share).detach()

@@ -197,6 +197,8 @@ class MicaTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._keep, self._origin, self._frozen = settings.keep, origin, frozen
+        if self.args.parallelism_config:
+            self.loss_is_scaled_for_ga = True  # see `compute_loss`
         self.saved: Path | None = None
         """The last checkpoint."""
         self._saved_step = 0
@@ -219,7 +221,7 @@ class MicaTrainer(Trainer):
         if not self.args.parallelism_config:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
-        return token_loss(outputs.loss, self.args.world_size // self.args.parallelism_config.sp_size)
+        return token_loss(outputs.loss)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self._saved_step:
