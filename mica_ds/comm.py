@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
-from mica_ds.errors import UserError
+from mica_ds import signals
+from mica_ds.errors import Preempted, UserError
 
 # A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. A peer that dies
 # closes its connections, which gloo reports at once; a host that is lost does not, and is left to the launcher.
@@ -236,9 +237,11 @@ def failing_together() -> Iterator[None]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run `main` in the process group and exit; an error ends this rank at once, with a code that is not 0.
 
-    A user's mistake is one line and exit code 2; anything else is a traceback and exit code 1.
+    A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
+    and exit code 1.
     """
     code = 0
+    signals.watch()
     try:
         start()
         main()
@@ -247,8 +250,12 @@ def run(main: Callable[[], None]) -> NoReturn:
         code = 2
         if _is_speaker(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except Preempted as asked:
+        code = signals.EXIT_CODE
+        if os.environ.get("RANK", "0") == "0":
+            print(asked, flush=True)
     except BaseException:
-        code = 1
+        code = signals.EXIT_CODE if signals.received() else 1
         import traceback
 
         print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)

@@ -37,12 +37,15 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
     Raises: UserError where the checkpoint is missing, truncated or incomplete, or holds NaN or Inf.
     """
     with comm.failing_together():
-        config = _load_config(settings.path)
+        config = read_model_config(settings.path)
         sources = open_checkpoint(settings.path, weights)
     dtype = DTYPES[settings.dtype]
     # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
-    with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+    except ImportError as error:
+        raise UserError(f"model.attention={settings.attention}: {_first_line(error)}") from None
     model.tie_weights()
     parameters = dict(model.named_parameters())
     with comm.failing_together():
@@ -66,7 +69,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
 
 def load_skeleton(settings: ModelSettings) -> PreTrainedModel:
     """The model without weights, on the meta device: its modules, names and shapes. Local. Raises: UserError."""
-    config = _load_config(settings.path)
+    config = read_model_config(settings.path)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -84,7 +87,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_config(path: Path) -> Any:
+def read_model_config(path: Path) -> Any:
+    """The checkpoint's transformers config. Local. Raises: UserError where there is none."""
     if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:

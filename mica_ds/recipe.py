@@ -12,19 +12,31 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from mica_ds import comm, figures
-from mica_ds.adapter import attach_adapter, lora_parameters, origin, restore_adapter, stored_targets, target_modules
+from mica_ds.adapter import (
+    lora_parameters,
+    stored_targets,
+    target_modules,
+)
 from mica_ds.basis import Basis, build_basis, warnings
-from mica_ds.checkpoint import check_origin, last_checkpoint, remove_checkpoints, save_checkpoint, tensor_files
-from mica_ds.config import Config, save_config
+from mica_ds.checkpoint import (
+    find_checkpoint,
+    read_history,
+    read_state,
+    remove_checkpoints,
+    tensor_files,
+)
+from mica_ds.config import Config, fixed_settings, save_config
 from mica_ds.data import build_dataset
-from mica_ds.errors import UserError
-from mica_ds.evaluate import Evaluator, Scores
+from mica_ds.errors import Preempted, UserError
+from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
-from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer
-from mica_ds.report import peak_rss, print_summary, rss, write_summary
+from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.parallelism import check_parallelism
+from mica_ds.report import SUMMARY, peak_rss, print_summary, rss, write_summary
+from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
 from mica_ds.tracking import Tracker
-from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, training_arguments
+from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint
 
 
@@ -32,51 +44,60 @@ def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
     folder = _open_run_folder(config)
     with comm.failing_together():
+        check_parallelism(config, read_model_config(config.model.path))
         args = training_arguments(config, accumulation_steps(config))
         tokenizer = load_tokenizer(config.model)
     set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
-    model, loading_rss = _load(config)
+    steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset)
+    checkpoint, step = start_point(config, origin, steps)
+    if step >= steps and is_complete(config, step):
+        comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
+        return
+    model, loading_rss = _load(config, checkpoint)
     modules = _targets(config, model)
     with Tracker(config) as tracker:
         if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
             save_config(config, folder / "config.yaml")
-            remove_checkpoints(folder / "checkpoints")
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-        model = attach_adapter(model, modules, config.adapter, basis)
+        origin |= weights_of(basis)
+        model = attach(config, model, modules, basis, checkpoint, origin)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        made_of = origin(config.adapter, basis)
-        trainer, run = build_trainer(model, args, dataset, evaluator, tracker, made_of)
-        trained = trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        after = evaluator.score(trainer.model_wrapped)
-        _save_probe(trainer.model_wrapped, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
-        checkpoint = save_checkpoint(model, folder / "checkpoints", trainer.state.global_step, made_of)
+        if comm.is_main():
+            remove_checkpoints(folder / "checkpoints", after=step)
+            (folder / SUMMARY).unlink(missing_ok=True)
+        if step < steps:
+            frozen = frozen_tensors(modules, basis, checkpoint)
+            facts = {"basis_seconds": basis.seconds if basis else 0.0}
+            trainer = build_trainer(model, args, dataset, evaluator, tracker, config.checkpoint, origin, frozen, facts)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            checkpoint, engine = trainer.saved, trainer.model_wrapped
+            if trainer.run.is_preempted:
+                raise Preempted(f"stopped by a signal: {checkpoint} holds all; start again to go on")
+        else:
+            engine = inference_engine(model, args)
+        assert checkpoint  # the last step has written one
+        after = evaluator.score(engine)
+        _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
         summary = {
-            **_scores(run.before, after),
+            "knowledge_after": after.knowledge,
+            "retention_after": after.retention,
             "trainable_parameters": trainable,
             "lora_trainable_parameters": lora_parameters(modules, config.adapter.r),
-            "basis_seconds": basis.seconds if basis else 0.0,
-            "train_seconds": run.seconds,
-            "tokens_per_second": trainer.state.global_step
-            * config.data.global_batch
-            * config.data.sequence_length
-            / run.seconds,
-            "final_loss": losses[-1] if losses else trained.training_loss,
             "peak_rss_bytes": comm.gather(peak_rss()),
             "loading_rss_bytes": comm.gather(loading_rss),
             "world_size": args.world_size,
-            "steps": trainer.state.global_step,
         }
         with comm.failing_together():
             if comm.is_main():
+                summary |= _trained(config, checkpoint)
                 exported = export_checkpoint(config, checkpoint)
                 comm.say(f"export: {exported}")
-                _record(config, summary, trainer.state.log_history, basis, exported, tracker)
-    print_summary(summary, config)
+                _record(config, summary, read_history(checkpoint), basis, exported, tracker)
+                print_summary(summary, config)
 
 
 def basis(config: Config) -> None:
@@ -102,18 +123,12 @@ def evaluate(config: Config) -> None:
         args = training_arguments(config)
         tokenizer = load_tokenizer(config.model)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
-    checkpoint = last_checkpoint(folder / "checkpoints")
-    model: nn.Module
-    if checkpoint and config.adapter.method == "full":
-        model = load_model(config.model, weights=tensor_files(checkpoint))
-    else:
-        model = load_model(config.model)
-        if checkpoint:
-            modules = _targets(config, model)
-            bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-            with comm.failing_together():
-                check_origin(checkpoint, origin(config.adapter, bases))
-            model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
+    checkpoint = find_checkpoint(folder / "checkpoints")
+    model, _ = _load(config, checkpoint)
+    if checkpoint:
+        modules = _targets(config, model)
+        bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
+        model = attach(config, model, modules, bases, checkpoint, fixed_settings(config) | weights_of(bases))
     scores = evaluator.score(inference_engine(model, args))
     evaluated = {
         "checkpoint": checkpoint.name if checkpoint else None,
@@ -126,9 +141,9 @@ def evaluate(config: Config) -> None:
 
 def export(config: Config) -> None:
     """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
+    checkpoint = find_checkpoint(config.output_dir / "checkpoints")
     with comm.failing_together():
         if comm.is_main():
-            checkpoint = last_checkpoint(config.output_dir / "checkpoints")
             if checkpoint is None:
                 raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
             comm.say(f"export: {export_checkpoint(config, checkpoint)}")
@@ -153,10 +168,14 @@ def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
         return target_modules(model, config.adapter)
 
 
-def _load(config: Config) -> tuple[Any, int]:
-    """The partitioned base, and by how much this rank's peak memory exceeds what it held before loading (bytes)."""
+def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
+    """The partitioned model, and by how much this rank's peak memory exceeds what it held before loading (bytes).
+
+    After full fine-tuning a checkpoint holds all weights, and the base is not read.
+    """
     started, before = time.perf_counter(), rss()
-    model = load_model(config.model)
+    weights = tensor_files(checkpoint) if checkpoint and config.adapter.method == "full" else None
+    model = load_model(config.model, weights)
     comm.say(
         f"model: {config.model.path} partitioned over {comm.world_size()} ranks, {time.perf_counter() - started:.1f} s"
     )
@@ -183,12 +202,15 @@ def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
 
 
-def _scores(before: Scores, after: Scores) -> dict[str, float | None]:
+def _trained(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The figures of the training itself, over all starts of the run. Local."""
+    state, history = read_state(checkpoint), read_history(checkpoint)
+    tokens = state["step"] * config.data.global_batch * config.data.sequence_length
     return {
-        "knowledge_before": before.knowledge,
-        "knowledge_after": after.knowledge,
-        "retention_before": before.retention,
-        "retention_after": after.retention,
+        **state["run"],
+        "tokens_per_second": tokens / state["run"]["train_seconds"],
+        "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
+        "steps": state["step"],
     }
 
 
@@ -200,13 +222,9 @@ def _record(
     exported: Path,
     tracker: Tracker,
 ) -> None:
-    """Write the summary and the plots, and log them with the rest of the run. Local, on rank 0."""
+    """Write the plots and at last the summary, and log them with the rest of the run. Local, on rank 0."""
     folder = config.output_dir
-    for file in (
-        folder / "config.yaml",
-        config.deepspeed,
-        write_summary(summary, folder),
-    ):
+    for file in (folder / "config.yaml", config.deepspeed):
         tracker.artifact(file)
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figures.plot_loss(
@@ -224,3 +242,4 @@ def _record(
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
     tracker.metrics({**numbers, **ranks}, step=summary["steps"])
+    tracker.artifact(write_summary(summary, folder))

@@ -86,40 +86,50 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     """Writes the config of a run that takes seconds; keyword arguments replace whole sections' keys."""
 
     def write(architecture: str = "llama", **sections: Any) -> Path:
-        (tmp_path / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
-        questions = [
-            {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
-        ]
-        (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-        settings: dict[str, Any] = {
-            "model": {"path": str(tiny_model(architecture)), "dtype": "float32"},
-            "adapter": {"r": 4, "alpha": 8},
-            "data": {"corpus": [str(tmp_path / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
-            "evaluate": {"questions": str(tmp_path / "questions.jsonl"), "retention": str(tmp_path / "corpus.txt")},
-            "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
-            "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
-            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
-            "output_dir": str(tmp_path / "run"),
-        }
-        for section, values in sections.items():
-            settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(settings))
-        return file
+        return write_config(tmp_path, tiny_model(architecture), **sections)
 
     return write
+
+
+def write_config(folder: Path, model: Path, **sections: Any) -> Path:
+    """The config of a short run in a folder, and the texts that it names."""
+    (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
+    questions = [
+        {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    settings: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "adapter": {"r": 4, "alpha": 8},
+        "data": {"corpus": [str(folder / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
+        "evaluate": {"questions": str(folder / "questions.jsonl"), "retention": str(folder / "corpus.txt")},
+        "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+        "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "output_dir": str(folder / "run"),
+    }
+    for section, values in sections.items():
+        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
 
 
 @pytest.fixture
 def nvme_settings(tmp_path: Path) -> Path:
     """The shipped settings for NVMe, with a folder of this machine as the disk, and buffers for small models."""
+    return write_nvme_settings(tmp_path, 4_000_000)
+
+
+def write_nvme_settings(folder: Path, buffer_size: int) -> Path:
+    """The same in a given folder, with buffers of so many elements."""
     if not Path("/usr/include/libaio.h").is_file():
         pytest.skip("install libaio-dev: DeepSpeed compiles its NVMe offload against it")
     settings = json.loads((ROOT / "configs/deepspeed/zero3-offload-nvme.json").read_text())
     for section in ("offload_param", "offload_optimizer"):
-        settings["zero_optimization"][section]["nvme_path"] = str(tmp_path)
-    settings["zero_optimization"]["offload_param"]["buffer_size"] = 4_000_000
-    file = tmp_path / "nvme.json"
+        settings["zero_optimization"][section]["nvme_path"] = str(folder)
+    settings["zero_optimization"]["offload_param"]["buffer_size"] = buffer_size
+    file = folder / "nvme.json"
     file.write_text(json.dumps(settings))
     return file
 

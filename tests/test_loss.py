@@ -1,0 +1,73 @@
+"""The tiled loss against transformers' own, in value, gradient and memory's shape."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from mica_ds import loss
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def build(architecture: str = "llama", **sizes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1000, "num_key_value_heads": 2, "head_dim": 16, **SIZES, **sizes}
+    config = transformers.AutoConfig.for_model(architecture, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.get_output_embeddings().weight.requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 1000, (3, 37))
+    return {"input_ids": ids, "labels": torch.where(torch.rand(ids.shape) < 0.3, -100, ids)}
+
+
+@pytest.mark.parametrize("items", [None, 250])
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "qwen3"])
+def test_it_equals_the_whole_loss(
+    architecture: str, items: int | None, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_TILE", 16_000)  # 7 tiles of 16 tokens
+    stock = build(architecture)
+    ours = copy.deepcopy(stock)
+    seen: list[int] = []
+    ours.get_output_embeddings().register_forward_hook(lambda *about: seen.append(about[2].numel()))
+    assert loss.tile_loss(ours)
+    losses = []
+    for model in (stock, ours):
+        model.train()
+        found = model(**batch, num_items_in_batch=items).loss
+        (found * 0.5).backward()
+        losses.append(found.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert max(seen) <= 16 * 1000  # never the logits of all 111 tokens
+    gradients = dict(stock.named_parameters())
+    compared = 0
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-4, atol=1e-7)
+            compared += 1
+    assert compared > 5
+
+
+def test_evaluation_has_its_logits_and_loss(batch: dict[str, torch.Tensor]) -> None:
+    stock = build().eval()
+    ours = copy.deepcopy(stock)
+    assert loss.tile_loss(ours)
+    with torch.no_grad():
+        expected, found = stock(**batch), ours(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+
+
+def test_what_it_leaves_alone() -> None:
+    trains = build()
+    trains.get_output_embeddings().weight.requires_grad_(True)
+    assert not loss.tile_loss(trains)
+    assert not loss.tile_loss(build("gemma2"))  # caps its logits after the head
