@@ -135,16 +135,24 @@ def restore_random_state(checkpoint: Path) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    torch.set_rng_state(_from_hex(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
 
 
 def _random_state() -> dict[str, Any]:
     numpy: dict[str, Any] = np.random.get_state(legacy=False)
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    state = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state().tolist()}
-    return {**state, "cuda": torch.cuda.get_rng_state().tolist()} if torch.cuda.is_available() else state
+    state = {"python": random.getstate(), "numpy": numpy, "torch": _to_hex(torch.get_rng_state())}
+    return {**state, "cuda": _to_hex(torch.cuda.get_rng_state())} if torch.cuda.is_available() else state
+
+
+def _to_hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _from_hex(state: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
 
 
 def read_history(checkpoint: Path) -> list[dict[str, float]]:
