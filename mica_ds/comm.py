@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from mica_ds import signals
 from mica_ds.errors import Preempted, UserError
@@ -128,9 +129,10 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line on rank 0; local."""
+    """Print one line on rank 0, clear of progress bars; local."""
     if is_main():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def barrier() -> None:
@@ -249,7 +251,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         code = 2
         if _is_speaker(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
     except Preempted as asked:
         code = signals.EXIT_CODE
         if os.environ.get("RANK", "0") == "0":

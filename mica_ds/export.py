@@ -9,9 +9,10 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mica_ds.checkpoint import check_origin, read_tensors, tensor_files
+from mica_ds.checkpoint import read_tensors, tensor_files
 from mica_ds.config import Config, fixed_settings
 from mica_ds.model import DTYPES, load_tokenizer
+from mica_ds.shelf import check_origin
 
 
 def export_checkpoint(config: Config, checkpoint: Path) -> Path:

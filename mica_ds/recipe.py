@@ -18,13 +18,7 @@ from mica_ds.adapter import (
     target_modules,
 )
 from mica_ds.basis import Basis, build_basis, warnings
-from mica_ds.checkpoint import (
-    find_checkpoint,
-    read_history,
-    read_state,
-    remove_checkpoints,
-    tensor_files,
-)
+from mica_ds.checkpoint import read_history, tensor_files
 from mica_ds.config import Config, fixed_settings, save_config
 from mica_ds.data import build_dataset
 from mica_ds.errors import Preempted, UserError
@@ -35,6 +29,7 @@ from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, peak_rss, print_summary, rss, write_summary
 from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
+from mica_ds.shelf import find_checkpoint, read_state, remove_checkpoints
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint

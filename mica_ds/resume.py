@@ -12,12 +12,13 @@ from transformers import TrainingArguments
 from mica_ds import comm
 from mica_ds.adapter import attach_adapter, frozen_factors, restore_adapter
 from mica_ds.basis import Basis
-from mica_ds.checkpoint import check_origin, find_checkpoint, read_frozen, read_state
+from mica_ds.checkpoint import read_frozen
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import digest
 from mica_ds.errors import UserError
 from mica_ds.export import export_folder
 from mica_ds.report import SUMMARY
+from mica_ds.shelf import check_origin, find_checkpoint, read_state
 
 
 def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[str, Any]:

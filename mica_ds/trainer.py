@@ -19,12 +19,13 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm, signals
-from mica_ds.checkpoint import read_state, restore_optimizer, restore_random_state, save_checkpoint
+from mica_ds.checkpoint import restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import CheckpointSettings, Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
 from mica_ds.parallelism import parallelism, token_loss
+from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
 
