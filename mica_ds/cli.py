@@ -32,6 +32,7 @@ def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
 
         with comm.failing_together():
             settings = load_config(config, overrides)
+        comm.watch(settings.patience, hint="")
         getattr(recipe, verb)(settings)
 
     comm.run(main)

@@ -6,6 +6,7 @@ DeepSpeed's own group (NCCL on GPUs) carries the training.
 
 import io
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -20,11 +21,13 @@ import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
 from mica_ds.errors import UserError
+from mica_ds.watchdog import Watchdog
 
-# A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. A peer that dies
-# closes its connections, which gloo reports at once; a host that is lost does not, and is left to the launcher.
+# A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. Ranks that died,
+# stopped or lost their host are the watchdog's.
 _PATIENCE = timedelta(days=30)
 _group: dist.ProcessGroup | None = None
+_watchdog: Watchdog | None = None
 
 Work = dist.Work | None
 
@@ -198,6 +201,31 @@ def count(key: str, amount: int = 0) -> int:
     return dist.distributed_c10d._get_default_store().add(key, amount)
 
 
+def watch(patience: float, hint: str) -> None:
+    """From now on end this rank soon after another has failed or ended, or been silent for `patience` s. Collective.
+
+    `hint` says what to do about a rank that was killed.
+    """
+    global _watchdog
+    if world_size() == 1:
+        return
+    address, listener, port, token = os.environ["MASTER_ADDR"], None, 0, secrets.token_hex()
+    if is_main():
+        family = socket.getaddrinfo(address, None)[0][0]
+        listener = socket.create_server(("", 0), family=family, backlog=world_size())
+        port = listener.getsockname()[1]
+    theirs = gather((socket.gethostname(), port, token))
+    _, port, token = theirs[0]
+    _watchdog = Watchdog(rank(), [host for host, _, _ in theirs], patience, hint)
+    _watchdog.start(token, listener, (address, port))
+
+
+def at(stage: str) -> None:
+    """Note what the run is at (`step 7`), for what is said of it should it fail. Local."""
+    if _watchdog is not None:
+        _watchdog.stage = stage
+
+
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)  # gloo knows no bfloat16
 
@@ -207,6 +235,10 @@ def _is_speaker(error: UserError) -> bool:
     if not dist.is_initialized():
         return os.environ["LOCAL_RANK"] == "0"
     return is_main() or not error.agreed
+
+
+class _PeerError(RuntimeError):
+    """What another rank has raised."""
 
 
 @contextmanager
@@ -227,33 +259,51 @@ def failing_together() -> Iterator[None]:
         return
     is_user_error, message = theirs[first]
     if not is_user_error:
-        raise error or RuntimeError(f"rank {first} failed: {message}")
+        raise error or _PeerError(f"rank {first} failed: {message}")
     agreed = UserError(message)
     agreed.agreed = True
     raise agreed from None
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` in the process group and exit; an error ends this rank at once, with a code that is not 0.
+    """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
-    A user's mistake is one line and exit code 2; anything else is a traceback and exit code 1.
+    A user's mistake is one line and exit code 2; anything else is a traceback and exit code 1. The rank that failed
+    first prints it, the others a line that they end, before it.
     """
     code = 0
     try:
         start()
         main()
+        if _watchdog is not None:
+            _watchdog.finish()
         barrier()
     except UserError as error:
         code = 2
-        if _is_speaker(error):
+        if _is_speaker(error) and (error.agreed or _is_first_cause(error)):
             print(f"error: {error}", file=sys.stderr, flush=True)
-    except BaseException:
+    except BaseException as error:
         code = 1
-        import traceback
+        if _is_first_cause(error):
+            import traceback
 
-        print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
-        traceback.print_exc()
+            print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
+            traceback.print_exc()
+    if _watchdog is not None:
+        _watchdog.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: tearing down the groups waits for peers, which may have failed.
     os._exit(code)
+
+
+def _is_first_cause(error: BaseException) -> bool:
+    """Tell the other ranks that this one fails; False where it fails because of another, which has been named."""
+    if _watchdog is None:
+        return True
+    # What gloo and torch's store raise where a peer has gone names no rank; the watchdog learns which within moments.
+    is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
+    if is_about_a_peer and _watchdog.is_another_lost():
+        return False
+    first_line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return _watchdog.accuse(f"failed: {first_line}")

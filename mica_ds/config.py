@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -92,6 +93,8 @@ class Config(Section):
     tracking: TrackingSettings = TrackingSettings()
     output_dir: Path
     """The run folder."""
+    patience: PositiveFloat = 300
+    """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 
 
 # TrainingArguments that follow from our own keys; a second way to set them would let the two disagree.

@@ -109,6 +109,15 @@ class RunCallback(TrainerCallback):
         self.before = self._evaluator.score(self._trainer.model_wrapped)
         self._started = time.perf_counter()
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        comm.at(f"step {state.global_step + 1}")
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -117,6 +126,7 @@ class RunCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.seconds = time.perf_counter() - self._started
+        comm.at("")
 
     def on_log(
         self,
