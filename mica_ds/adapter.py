@@ -1,7 +1,6 @@
 """Attach what trains: MiCA (A = 0, B from the cache, frozen), LoRA, or the whole model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -125,16 +124,13 @@ def attach_adapter(
     return peft_model
 
 
-def origin(adapter: AdapterSettings, basis: Basis | None) -> dict[str, Any]:
-    """What a checkpoint of this adapter belongs to. Local."""
-    if basis is None:
-        return {"method": adapter.method, **({"r": adapter.r} if adapter.method == "lora" else {})}
-    described = {key: basis.manifest[key] for key in ("subspace", "fingerprint", "digest")}
-    return {"method": adapter.method, "r": adapter.r, **described}
+def frozen_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, torch.Tensor]:
+    """MiCA's B (out, r) of all modules by peft's names, fp32, from the cache. Local."""
+    return {_factor_name(name, module, "B"): basis[name] for name, module in modules.items()}
 
 
 def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:
-    """Give a checkpoint's trained factors to a model with the same adapter, before DeepSpeed partitions it. Local."""
+    """Give a checkpoint's factors to a model with the same adapter, before DeepSpeed partitions it. Local."""
     set_peft_model_state_dict(model, read_tensors(checkpoint))
     return model
 
@@ -145,13 +141,13 @@ def lora_parameters(modules: dict[str, nn.Module], r: int) -> int:
 
 
 def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis) -> None:
-    factors: dict[str, torch.Tensor] = {}
-    for name, module in modules.items():
-        prefix, zeros = f"base_model.model.{name}", torch.zeros(r, weight_shape(module)[1])
-        is_embedding = isinstance(module, nn.Embedding)
-        A, B = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-        factors |= {f"{prefix}.{A}": zeros, f"{prefix}.{B}": basis[name]}
-    set_peft_model_state_dict(model, factors, low_cpu_mem_usage=True)
+    zeros = {_factor_name(name, m, "A"): torch.zeros(r, weight_shape(m)[1]) for name, m in modules.items()}
+    set_peft_model_state_dict(model, zeros | frozen_factors(modules, basis), low_cpu_mem_usage=True)
+
+
+def _factor_name(name: str, module: nn.Module, factor: str) -> str:
+    kind = f"lora_embedding_{factor}" if isinstance(module, nn.Embedding) else f"lora_{factor}.weight"
+    return f"base_model.model.{name}.{kind}"
 
 
 def _peft_targets(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:

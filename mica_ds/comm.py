@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,7 +21,8 @@ import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
-from mica_ds.errors import UserError
+from mica_ds import signals
+from mica_ds.errors import Preempted, UserError
 from mica_ds.watchdog import Watchdog
 
 # A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. Ranks that died,
@@ -268,27 +270,20 @@ def failing_together() -> Iterator[None]:
 def run(main: Callable[[], None]) -> NoReturn:
     """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
-    A user's mistake is one line and exit code 2; anything else is a traceback and exit code 1. The rank that failed
-    first prints it, the others a line that they end, before it.
+    A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
+    and exit code 1. The rank that failed first prints it, after a line of each other rank that says that it ends.
     """
     code = 0
+    signals.watch()
     try:
         start()
         main()
         if _watchdog is not None:
             _watchdog.finish()
         barrier()
-    except UserError as error:
-        code = 2
-        if _is_speaker(error) and (error.agreed or _is_first_cause(error)):
-            print(f"error: {error}", file=sys.stderr, flush=True)
     except BaseException as error:
-        code = 1
-        if _is_first_cause(error):
-            import traceback
-
-            print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
-            traceback.print_exc()
+        signals.defer(True)  # a launcher's SIGTERM must not interrupt the end
+        code = _end(error)
     if _watchdog is not None:
         _watchdog.leave()
     sys.stdout.flush()
@@ -297,13 +292,26 @@ def run(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-def _is_first_cause(error: BaseException) -> bool:
-    """Tell the other ranks that this one fails; False where it fails because of another, which has been named."""
-    if _watchdog is None:
-        return True
-    # What gloo and torch's store raise where a peer has gone names no rank; the watchdog learns which within moments.
-    is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
-    if is_about_a_peer and _watchdog.is_another_lost():
-        return False
-    first_line = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-    return _watchdog.accuse(f"failed: {first_line}")
+def _end(error: BaseException) -> int:
+    """Print an error where it is this rank's to print, and return the exit code."""
+    kinds = {UserError: 2, Preempted: signals.EXIT_CODE}
+    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), 1)
+    if _watchdog is not None and not (isinstance(error, UserError) and error.agreed):
+        # What gloo or torch's store raise where a peer has gone names no rank; the watchdog soon knows which it was.
+        is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
+        if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
+            return verdict.code
+        first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+        verdict = _watchdog.accuse(str(error) if code != 1 else first_line, code)
+        if verdict.rank != rank():
+            return verdict.code
+    if isinstance(error, UserError):
+        if _is_speaker(error):
+            print(f"error: {error}", file=sys.stderr)
+    elif isinstance(error, Preempted):
+        if _watchdog is not None or os.environ.get("RANK", "0") == "0":
+            print(error)
+    else:
+        print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
+        traceback.print_exception(error)
+    return code

@@ -73,6 +73,13 @@ class EvaluateSettings(Section):
     """Tokens that one rank evaluates at a time; their logits (× vocabulary × 4 bytes) must fit."""
 
 
+class CheckpointSettings(Section):
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep; the one with the lowest training loss is kept besides."""
+    max_skipped: PositiveInt = 5
+    """Steps in a row with a loss or gradient that is not finite, and so without an update, after which a run ends."""
+
+
 class TrackingSettings(Section):
     uri: str = "sqlite:///runs/mlflow.db"
     """MLflow tracking URI."""
@@ -90,9 +97,12 @@ class Config(Section):
     """transformers' `TrainingArguments`, passed through."""
     deepspeed: Path = Path("configs/deepspeed/zero3.json")
     """DeepSpeed's own JSON; ZeRO stage 3."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
     tracking: TrackingSettings = TrackingSettings()
     output_dir: Path
     """The run folder."""
+    resume: Literal["auto", "never"] | Path = "auto"
+    """Go on from the run folder's newest good checkpoint if there is one, begin again, or go on from this one."""
     patience: PositiveFloat = 300
     """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 
@@ -108,8 +118,20 @@ DERIVED_ARGUMENTS = {
     "use_cpu": "the machine",
 }
 
-# Those that would be accepted and then do nothing here, or fail late.
-UNSUPPORTED_ARGUMENTS = ("eval_strategy", "load_best_model_at_end", "resume_from_checkpoint", "save_total_limit")
+# Those that would be accepted and then do nothing here, fail late, or change which samples a step sees.
+_FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
+UNSUPPORTED_ARGUMENTS = {
+    "eval_strategy": "evaluation runs before and after training",
+    "load_best_model_at_end": "the best checkpoint is kept; set resume to its folder",
+    "resume_from_checkpoint": "set resume instead",
+    "save_total_limit": "set checkpoint.keep instead",
+    "save_only_model": "a checkpoint is always complete",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always make a checkpoint",
+    "ignore_data_skip": "a resumed run goes on at the next sample",
+    "auto_find_batch_size": "set train.per_device_train_batch_size",
+    "train_sampling_strategy": _FIXED_ORDER,
+    "accelerator_config": _FIXED_ORDER,
+}
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
@@ -135,6 +157,12 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML that `load_config` reads back to the same."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings under which alone a checkpoint means what it says, by their keys."""
+    adapter = config.model_dump(mode="json")["adapter"]
+    return {f"adapter.{key}": value for key, value in adapter.items()}
 
 
 def read_deepspeed(config: Config) -> dict[str, Any]:
@@ -203,7 +231,7 @@ def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str
         if key in DERIVED_ARGUMENTS:
             raise UserError(f"{path}: train.{key} follows from {DERIVED_ARGUMENTS[key]}; set that instead")
         if key in UNSUPPORTED_ARGUMENTS:
-            raise UserError(f"{path}: train.{key} is not supported; evaluation runs before and after training")
+            raise UserError(f"{path}: train.{key} is not supported: {UNSUPPORTED_ARGUMENTS[key]}")
         if key not in known:
             raise UserError(f"{path}: unknown key train.{key}{_nearest(key, known, ['train'])}")
         try:
@@ -216,10 +244,15 @@ def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str
 
 def _check_deepspeed(path: Path) -> None:
     try:
-        stage = json.loads(path.read_text())["zero_optimization"]["stage"]
+        settings = json.loads(path.read_text())
+        stage = settings["zero_optimization"]["stage"]
     except OSError as error:
         raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"deepspeed: {path} is not JSON with zero_optimization.stage") from None
     if stage != 3:
         raise UserError(f"deepspeed: {path} asks for ZeRO stage {stage}; mica_ds works on the shards of stage 3")
+    if "scheduler" in settings:
+        raise UserError(f"deepspeed: {path} has a scheduler; set train.lr_scheduler_type instead")
+    if settings.get("optimizer", {}).get("type") not in ("Adam", "AdamW"):
+        raise UserError(f"deepspeed: {path} has no optimizer of type Adam or AdamW, whose moments a checkpoint holds")

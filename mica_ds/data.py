@@ -1,5 +1,6 @@
 """Documents to packed training sequences, in which no document sees another."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,22 +19,37 @@ _ENDINGS = (".txt", ".md", ".jsonl")
 def build_dataset(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
     """Read, tokenise, pack and mix: rows of `input_ids`, `labels` and `position_ids`, each `sequence_length` long.
 
-    The order is shuffled by `seed` and the same on every number of ranks. Collective.
+    The order is shuffled by `seed` and the same on every number of ranks. Where the global batch does not divide the
+    rows, the first come twice: accelerate (1.15) would repeat as many as the number of ranks asks for. Collective.
     Raises: UserError where a source is missing, unreadable or empty.
     """
     with comm.failing_together():
         corpus = _packed(settings.corpus, "data.corpus", tokenizer, settings.sequence_length)
         if not settings.replay:
-            return corpus.shuffle(seed=seed)
+            return _whole_batches(corpus.shuffle(seed=seed), settings.global_batch)
         replay = _packed(settings.replay, "data.replay", tokenizer, settings.sequence_length)
     share = settings.replay_fraction
     # The shorter source starts over until the longer one has been seen whole.
-    return interleave_datasets(
+    mixed = interleave_datasets(
         [corpus.shuffle(seed=seed), replay.shuffle(seed=seed)],
         probabilities=[1 - share, share],
         seed=seed,
         stopping_strategy="all_exhausted",
     )
+    return _whole_batches(mixed, settings.global_batch)
+
+
+def _whole_batches(rows: Dataset, global_batch: int) -> Dataset:
+    steps = -(-len(rows) // global_batch)
+    return rows.select([i % len(rows) for i in range(steps * global_batch)])
+
+
+def digest(rows: Dataset) -> str:
+    """SHA-256 of all token ids, in their order: whether two runs learn the same. Local."""
+    found = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        found.update(batch["input_ids"].astype("<i4").tobytes())
+    return found.hexdigest()
 
 
 def read_documents(sources: list[Path], key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right."""
+"""The exceptions that end a run in good order: what a user can put right, and a scheduler's wish."""
 
 
 class UserError(Exception):
@@ -8,3 +8,10 @@ class UserError(Exception):
     """
 
     agreed = False
+
+
+class Preempted(KeyboardInterrupt):
+    """SIGTERM or SIGUSR1: the machine is wanted back, and the same command goes on later.
+
+    Not an Exception: nothing that handles failures may take it for one.
+    """

@@ -9,10 +9,8 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mica_ds.adapter import origin
-from mica_ds.basis import Basis, load_basis
 from mica_ds.checkpoint import check_origin, read_tensors, tensor_files
-from mica_ds.config import Config
+from mica_ds.config import Config, fixed_settings
 from mica_ds.model import DTYPES, load_tokenizer
 
 
@@ -20,10 +18,9 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     """Export a checkpoint of a run folder, and return the folder it went to. Local, on one rank.
 
     Whole or absent: it is written under another name first.
-    Raises: UserError where the bases are missing, or the checkpoint belongs to others.
+    Raises: UserError where the checkpoint was made with another adapter.
     """
-    basis = load_basis(config.output_dir / "basis", config.adapter.r) if config.adapter.method == "mica" else None
-    check_origin(checkpoint, origin(config.adapter, basis))
+    check_origin(checkpoint, fixed_settings(config))
     target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -31,20 +28,15 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     if config.adapter.method == "full":
         _write_model(config, checkpoint, partial)
     else:
-        _write_adapter(config, checkpoint, basis, partial)
+        _write_adapter(config, checkpoint, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target
 
 
-def _write_adapter(config: Config, checkpoint: Path, basis: Basis | None, folder: Path) -> None:
-    """peft's format, fp32: A from the checkpoint, MiCA's B from the cache, never from the model's rounded copy."""
-    factors = read_tensors(checkpoint)
-    if basis is not None:
-        for name in list(factors):  # `….lora_A.weight`, or `….lora_embedding_A` of embeddings
-            module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-            factors[f"base_model.model.{module}.lora_{factor.replace('A', 'B')}"] = basis[module]
-    save_file(factors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:
+    """peft's format, fp32, both factors: MiCA's B as it came from the cache, never the model's rounded copy."""
+    save_file(read_tensors(checkpoint), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     description = PeftConfig.from_pretrained(str(checkpoint))
     description.inference_mode = True
     description.base_model_name_or_path = str(config.model.path.absolute())
@@ -55,15 +47,11 @@ def _write_model(config: Config, checkpoint: Path, folder: Path) -> None:
     """transformers' format in the compute dtype, one file in memory at a time."""
     dtype = DTYPES[config.model.dtype]
     index: dict[str, str] = {}
-    files = tensor_files(checkpoint)
-    for file in files:
+    for file in tensor_files(checkpoint):
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, file.name))
-    if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index}, indent=1)
-        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     description = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
     description.dtype = dtype
     description.save_pretrained(folder)

@@ -1,6 +1,7 @@
 """What a run came to: `summary.json`, and the same figures as a table."""
 
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mica_ds import comm
 from mica_ds.config import Config
 from mica_ds.tracking import pages_command
+
+SUMMARY = "summary.json"
 
 
 def peak_rss() -> int:
@@ -25,16 +27,15 @@ def rss() -> int:
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
-    """Write `summary.json` and return its path. Local, on one rank."""
-    file = folder / "summary.json"
-    file.write_text(json.dumps(summary, indent=1))
+    """Write `summary.json`, whole or not at all, and return its path. Local, on one rank."""
+    file, partial = folder / SUMMARY, folder / f"{SUMMARY}.partial"
+    partial.write_text(json.dumps(summary, indent=1))
+    os.replace(partial, file)
     return file
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
-    """Print the closing table on rank 0. Local."""
-    if not comm.is_main():
-        return
+    """Print the closing table. Local, on one rank."""
     table = Table(title=f"{config.adapter.method} on {config.model.path.name}", show_header=False)
     for label, value in _rows(summary, config):
         table.add_row(label, value)

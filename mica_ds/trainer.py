@@ -1,5 +1,6 @@
 """transformers' Trainer with our checkpoints, tracking and evaluation."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from transformers import (
 )
 from transformers.integrations.deepspeed import deepspeed_init
 
-from mica_ds import comm
-from mica_ds.checkpoint import save_checkpoint
-from mica_ds.config import Config, read_deepspeed
+from mica_ds import comm, signals
+from mica_ds.checkpoint import read_state, restore_optimizer, restore_random_state, save_checkpoint
+from mica_ds.config import CheckpointSettings, Config, read_deepspeed
 from mica_ds.errors import UserError
-from mica_ds.evaluate import Evaluator, Scores
+from mica_ds.evaluate import Evaluator
 from mica_ds.tracking import Tracker
 
 
@@ -38,6 +39,13 @@ def accumulation_steps(config: Config) -> int:
             f"{ranks} ranks × train.per_device_train_batch_size={micro}"
         )
     return steps
+
+
+def total_steps(args: TrainingArguments, dataset: Dataset, global_batch: int) -> int:
+    """The steps of the whole run, as the Trainer counts them. Local."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * (len(dataset) // global_batch))
 
 
 def training_arguments(config: Config, accumulation: int = 1) -> TrainingArguments:
@@ -69,63 +77,87 @@ def _arguments(config: Config) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": 1,
         "logging_steps": 1,
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 0.05,  # of all steps: what a crash loses at most
+        "logging_nan_inf_filter": False,  # with it a loss that is not finite is logged as the mean of those before
         "lr_scheduler_type": "cosine",
         **config.train,
     }
 
 
-class MicaTrainer(Trainer):
-    """Writes our checkpoints instead of DeepSpeed's, which hold the frozen base but not the frozen B.
-
-    `_save_checkpoint` is private, but no callback can replace it (transformers 5.23).
-    """
-
-    def __init__(self, *args: Any, origin: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._origin = origin
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save_checkpoint(self.model, Path(str(self.args.output_dir)), self.state.global_step, self._origin)
-
-
 class RunCallback(TrainerCallback):
-    """Evaluates before the first step, logs to the tracker, and times the steps alone."""
+    """Evaluates before the first step, logs to the tracker, times and counts the steps, and heeds signals."""
 
-    def __init__(self, trainer: Trainer, evaluator: Evaluator, tracker: Tracker) -> None:
-        self._trainer, self._evaluator, self._tracker = trainer, evaluator, tracker
-        self.before = Scores(None, None)
-        self.seconds = 0.0
-        """Wall time of the steps, without evaluation."""
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+    def __init__(
+        self, trainer: Trainer, evaluator: Evaluator, tracker: Tracker, max_skipped: int, facts: dict[str, Any]
     ) -> None:
-        # The engine exists now, and an adapter adds nothing yet: this scores the base model.
-        self.before = self._evaluator.score(self._trainer.model_wrapped)
+        self._trainer, self._evaluator, self._tracker = trainer, evaluator, tracker
+        self._max_skipped = max_skipped
+        self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
+        self._skipped_in_a_row = 0
+        self._random_state_of: Path | None = None
+        self.is_preempted = False
+        """Whether the run has stopped at a signal, with a checkpoint."""
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on with what an earlier start has found. Local, before training."""
+        self._facts = read_state(checkpoint)["run"]
+        self._random_state_of = checkpoint
+
+    def facts(self) -> dict[str, Any]:
+        """What the run has found over all its starts: the base model's scores, seconds, skipped steps. Local."""
+        seconds = self._facts["train_seconds"] + time.perf_counter() - self._started
+        return {**self._facts, "train_seconds": seconds}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if "knowledge_before" not in self._facts:
+            # The engine exists now, and an adapter adds nothing yet: this scores the base model.
+            before = self._evaluator.score(self._trainer.model_wrapped)
+            self._facts |= {"knowledge_before": before.knowledge, "retention_before": before.retention}
+        signals.defer(True)
         self._started = time.perf_counter()
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if float(state.epoch).is_integer():
+            self._restore_random_state()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._restore_random_state()
         comm.at(f"step {state.global_step + 1}")
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        self.seconds = time.perf_counter() - self._started
+    def _restore_random_state(self) -> None:
+        if self._random_state_of:
+            restore_random_state(self._random_state_of)
+            self._random_state_of = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._count_skipped(state.global_step)
+        self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
+        control.should_training_stop |= self.is_preempted
+        control.should_save |= control.should_training_stop
+        control.should_log |= control.should_save
+
+    def _count_skipped(self, step: int) -> None:
+        # DeepSpeed (0.19.8) leaves out the update where the norm of all ranks' gradients is not finite, in any dtype.
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        self._facts["skipped_steps"] += 1
+        self._tracker.metrics({"skipped_steps": self._facts["skipped_steps"]}, step=step)
+        comm.say(f"warning: step {step} is skipped: its loss or gradient is not finite")
+        if self._skipped_in_a_row == self._max_skipped:
+            error = UserError(
+                f"{self._max_skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite: "
+                "lower train.learning_rate, or set resume to an older checkpoint"
+            )
+            error.agreed = True
+            raise error
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.is_preempted:
+            signals.defer(False)
         comm.at("")
 
     def on_log(
@@ -134,9 +166,78 @@ class RunCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         self._tracker.metrics(logs or {}, step=state.global_step)
+
+
+class MicaTrainer(Trainer):
+    """Writes and reads our checkpoints instead of DeepSpeed's, which hold the frozen base but not the frozen B.
+
+    Both methods are private, but no callback can replace them (transformers 5.23).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        settings: CheckpointSettings,
+        origin: dict[str, Any],
+        frozen: dict[str, torch.Tensor],
+        facts: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._keep, self._origin, self._frozen = settings.keep, origin, frozen
+        self.saved: Path | None = None
+        """The last checkpoint."""
+        self._saved_step = 0
+        self.run = RunCallback(self, evaluator, tracker, settings.max_skipped, facts)
+        self.add_callback(self.run)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step == self._saved_step:
+            return  # an epoch's last step may ask twice
+        assert self.lr_scheduler
+        about = {
+            "origin": self._origin,
+            "loss": _mean_loss(self.state.log_history, self._saved_step),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "run": self.run.facts(),
+        }
+        folder = Path(str(self.args.output_dir))
+        self.saved = save_checkpoint(folder, self.model_wrapped, self._frozen, self.state, about, self._keep)
+        self._saved_step = self.state.global_step
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Without the checkpoint's name: DeepSpeed would look for its own files in it, and raise.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            self._saved_step = self.state.global_step
+            self.run.resume(checkpoint)
+            self.state.compute_steps(self.args, max_steps)  # what was loaded holds the earlier start's
+            restore_optimizer(self.model_wrapped, checkpoint)
+            # accelerate's wrapper steps only when DeepSpeed does (1.15): the scheduler itself.
+            scheduler: Any = getattr(self.lr_scheduler, "scheduler")
+            scheduler.load_state_dict(read_state(checkpoint)["scheduler"])
+            scheduler.last_epoch -= 1
+            scheduler.step()  # sets the optimizer's learning rate, by this start's number of steps
+            # The sampler of several ranks would not hear of the epoch through the loader that skips (accelerate 1.15).
+            train_dataloader.set_epoch(int(self.state.epoch))
+        return prepared
+
+
+def _mean_loss(history: list[dict[str, float]], after: int) -> float | None:
+    """The mean training loss of the steps after one, from the finite ones of what was logged."""
+    total, steps, previous = 0.0, 0, after
+    for entry in history:
+        if "loss" in entry and entry["step"] > after:
+            length, previous = int(entry["step"]) - previous, int(entry["step"])
+            if math.isfinite(entry["loss"]):
+                total, steps = total + length * entry["loss"], steps + length
+    return total / steps if steps else None
 
 
 def build_trainer(
@@ -145,22 +246,28 @@ def build_trainer(
     dataset: Dataset,
     evaluator: Evaluator,
     tracker: Tracker,
+    settings: CheckpointSettings,
     origin: dict[str, Any],
-) -> tuple[Trainer, RunCallback]:
-    """The Trainer for a model with its adapter, and the callback that holds what the run found. Local.
+    frozen: dict[str, torch.Tensor],
+    facts: dict[str, Any],
+) -> MicaTrainer:
+    """The Trainer for a model with its adapter. Local.
 
-    `origin` goes into the checkpoints.
+    `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
+    goes on takes the facts from the checkpoint instead.
     """
-    trainer = MicaTrainer(
+    return MicaTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
         data_collator=default_data_collator,
+        evaluator=evaluator,
+        tracker=tracker,
+        settings=settings,
         origin=origin,
+        frozen=frozen,
+        facts=facts,
     )
-    callback = RunCallback(trainer, evaluator, tracker)
-    trainer.add_callback(callback)
-    return trainer, callback
 
 
 def inference_engine(model: nn.Module, args: TrainingArguments) -> nn.Module:

@@ -31,6 +31,8 @@ class Verdict(NamedTuple):
 
     rank: int
     reason: str
+    code: int
+    """With which all ranks exit."""
     is_told: bool
     """Whether that rank prints the cause itself."""
 
@@ -65,7 +67,7 @@ class Watchdog:
         self._expecting: asyncio.Task[None] | None = None
         self._verdict: Verdict | None = None
         self._is_known = threading.Event()
-        self._is_done = False
+        self._is_done = self._is_failing = False
         self.stage = ""
         """What the run is at, as in `step 7`."""
 
@@ -90,16 +92,19 @@ class Watchdog:
         self._loop.call_soon_threadsafe(said.set)
         said.wait(_GRACE)
 
-    def accuse(self, reason: str) -> bool:
-        """Tell the others that this rank has failed; whether it was the first, and so prints the cause. Local."""
-        self._loop.call_soon_threadsafe(self._report, Verdict(self._rank, reason, is_told=True))
-        is_first = not self._is_known.wait(_GRACE) or self._verdict is None or self._verdict.rank == self._rank
+    def accuse(self, reason: str, code: int) -> Verdict:
+        """Tell the others that this rank has failed, and return the first cause: this, or another rank's. Local."""
+        mine = Verdict(self._rank, f"failed: {reason}", code, is_told=True)
+        self._is_failing = True
+        self._loop.call_soon_threadsafe(self._report, mine)
+        self._is_known.wait(_GRACE)
         time.sleep(0.5)  # the others say now that they end: the cause is to be the last thing printed
-        return is_first
+        return self._verdict or mine
 
-    def is_another_lost(self) -> bool:
-        """Whether it becomes known, in the next moments, that another rank is the cause of what failed here. Local."""
-        return self._is_known.wait(_GRACE)
+    def verdict_on_another(self) -> Verdict | None:
+        """The first cause of what failed here, if it becomes known in the next moments. Local."""
+        self._is_known.wait(_GRACE)
+        return self._verdict
 
     async def _watch(self, listener: socket.socket | None, address: tuple[str, int]) -> NoReturn:
         if listener:
@@ -114,13 +119,15 @@ class Watchdog:
                 # Counted in beats of this rank: a job that was suspended as a whole goes on afterwards.
                 peer.silent += 1
                 if peer.silent * interval > self._patience and not peer.has_left:
-                    self._report(Verdict(peer.rank, f"gave no sign of life for {self._patience:g} s", is_told=False))
+                    self._report(
+                        Verdict(peer.rank, f"gave no sign of life for {self._patience:g} s", code=1, is_told=False)
+                    )
 
     async def _join(self, address: tuple[str, int]) -> None:
         try:
             reader, writer = await asyncio.open_connection(*address)
         except OSError as error:
-            self._report(Verdict(0, f"cannot be reached at {address[0]}:{address[1]}: {error}", is_told=False))
+            self._report(Verdict(0, f"cannot be reached at {address[0]}:{address[1]}: {error}", code=1, is_told=False))
             return
         self._peers[0].writer = writer
         self._peers[0].send(f"{self._token} {self._rank}")
@@ -146,7 +153,7 @@ class Watchdog:
                 peer.silent = 0
                 self._hear(peer, line.decode().strip())
         if not peer.has_left:
-            self._report(Verdict(peer.rank, _KILLED, is_told=False))
+            self._report(Verdict(peer.rank, _KILLED, code=1, is_told=False))
 
     def _hear(self, peer: _Peer, line: str) -> None:
         if line == _BYE:
@@ -176,7 +183,9 @@ class Watchdog:
         self._verdict = verdict
         if verdict.rank != self._rank or not verdict.is_told:
             prefix = "" if verdict.is_told else "error: "
-            what = f"{self._name(verdict.rank)} {verdict.reason}; {self._name(self._rank)} was in {self._operation()[0]}"
+            what = (
+                f"{self._name(verdict.rank)} {verdict.reason}; {self._name(self._rank)} was in {self._operation()[0]}"
+            )
             hint = f" {self._hint}" if verdict.reason == _KILLED else ""
             print(f"{prefix}{what}, and ends.{hint}", file=sys.stderr, flush=True)
             _fall_silent()
@@ -189,7 +198,7 @@ class Watchdog:
         while waited < _STUCK:
             await asyncio.sleep(1)
             waited = waited + 1 if self._operation()[1] and not self._is_done else 0
-        self._report(Verdict(ended, "came to its end before the others", is_told=False))
+        self._report(Verdict(ended, "came to its end before the others", code=1, is_told=False))
 
     def _send_all(self, line: str) -> None:
         for peer in self._peers.values():

@@ -1,0 +1,42 @@
+"""SIGTERM and SIGUSR1, by which schedulers ask for the end of a job.
+
+The program ends where it is, except in the training loop, which asks `received` between steps and saves a checkpoint.
+"""
+
+import os
+import signal
+from types import FrameType
+
+from mica_ds.errors import Preempted
+
+EXIT_CODE = os.EX_TEMPFAIL
+"""75: nothing is wrong, start the same command again."""
+
+_is_deferred = False
+_is_received = False
+
+
+def watch() -> None:
+    """Take notice of the two signals from now on. Local, on the main thread."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _handle)
+
+
+def received() -> bool:
+    """Whether this rank has got one of the signals. Local."""
+    return _is_received
+
+
+def defer(is_deferred: bool) -> None:
+    """Whether to note signals only, instead of ending at once. Local. Raises: Preempted, at the end of a deferral."""
+    global _is_deferred
+    _is_deferred = is_deferred
+    if _is_received and not is_deferred:
+        raise Preempted("stopped by a signal; start again to go on")
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    global _is_received
+    is_first, _is_received = not _is_received, True
+    if is_first and not _is_deferred:
+        raise Preempted(f"stopped by {signal.Signals(number).name}; start again to go on")
