@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -66,19 +66,22 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def make(architecture: str) -> Path:
         if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            torch.manual_seed(0)
-            sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
-            config = transformers.AutoConfig.for_model(
-                architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
-            )
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            model.save_pretrained(folder)
-            transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
-            made[architecture] = folder
+            made[architecture] = write_tiny_model(architecture, tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
     return make
+
+
+def write_tiny_model(architecture: str, folder: Path) -> Path:
+    """Write a random two-layer checkpoint with the real model's tokenizer, and return its folder."""
+    torch.manual_seed(0)
+    sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -86,28 +89,33 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     """Writes the config of a run that takes seconds; keyword arguments replace whole sections' keys."""
 
     def write(architecture: str = "llama", **sections: Any) -> Path:
-        (tmp_path / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
-        questions = [
-            {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
-        ]
-        (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-        settings: dict[str, Any] = {
-            "model": {"path": str(tiny_model(architecture)), "dtype": "float32"},
-            "adapter": {"r": 4, "alpha": 8},
-            "data": {"corpus": [str(tmp_path / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
-            "evaluate": {"questions": str(tmp_path / "questions.jsonl"), "retention": str(tmp_path / "corpus.txt")},
-            "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
-            "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
-            "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"},
-            "output_dir": str(tmp_path / "run"),
-        }
-        for section, values in sections.items():
-            settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
-        file = tmp_path / "config.yaml"
-        file.write_text(yaml.safe_dump(settings))
-        return file
+        return write_tiny_config(tmp_path, tiny_model(architecture), **sections)
 
     return write
+
+
+def write_tiny_config(folder: Path, model: Path, **sections: Any) -> Path:
+    """Write the config of a run of a tiny model, with what it learns and is asked, and return its file."""
+    (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
+    questions = [
+        {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    settings: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "adapter": {"r": 4, "alpha": 8},
+        "data": {"corpus": [str(folder / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
+        "evaluate": {"questions": str(folder / "questions.jsonl"), "retention": str(folder / "corpus.txt")},
+        "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
+        "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "output_dir": str(folder / "run"),
+    }
+    for section, values in sections.items():
+        settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
 
 
 @pytest.fixture
@@ -150,21 +158,24 @@ def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **va
 
 
 def launch_ranks(
-    ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str
+    ranks: int, arguments: list[str], program: str = "mica_ds", output: IO[str] | None = None, **variables: str
 ) -> list[subprocess.Popen[str]]:
-    """The same, without waiting for the end; `program` is another module to run."""
+    """The same, without waiting for the end; `program` is another module to run, `output` a file for all ranks'."""
     port = str(free_ports(1)[0])
     command = [sys.executable, "-m", program, *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    return [_popen(command, ROOT, {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}) for rank in range(ranks)]
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)]
+    return [_popen(command, ROOT, variables, output) for variables in each]
 
 
-def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+def _popen(
+    command: list[str], cwd: Path, variables: dict[str, str], output: IO[str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=cwd,
         env=environment(**variables),
-        stdout=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that a launcher's ranks can be ended with it

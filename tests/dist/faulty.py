@@ -1,5 +1,6 @@
 """A program for the tests: `mica_ds`, on one rank of which a function does something else than it should."""
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -7,45 +8,36 @@ from typing import Any
 
 from mica_ds import cli, comm
 
-ACTS: dict[str, Callable[[], Any]] = {
-    "raise": lambda: 1 / 0,
-    "exit": lambda: os._exit(0),
-}
+
+class Returned(BaseException):
+    """Leaves the verb, as if it had come to its end."""
 
 
 def main() -> None:
-    """Arguments: RANK MODULE.FUNCTION ACT, then those of `mica-ds`; `return` leaves the verb itself early."""
+    """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`."""
     rank, place, act = sys.argv[1:4]
-    sys.argv[1:4] = []
+    del sys.argv[1:4]
     if rank == os.environ["RANK"]:
-        comm.run, run = lambda verb: run(lambda: _broken(verb, place, act)), comm.run
+        run = comm.run
+        comm.run = lambda verb: run(lambda: _break_down(verb, place, act))  # type: ignore[assignment]
     cli.app()
 
 
-class _Returned(Exception):  # noqa: N818
-    pass
+def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        print("FAULT", flush=True)
+        if act == "exit":
+            os._exit(0)
+        raise Returned if act == "return" else ZeroDivisionError("division by zero")
 
-
-def _broken(verb: Callable[[], None], place: str, act: str) -> None:
-    import importlib
-
-    from mica_ds import recipe  # noqa: F401  all modules of the package
-
-    def fault(*args: Any, **kwargs: Any) -> Any:
-        if act == "return":
-            raise _Returned
-        return ACTS[act]()
-
-    module, function = place.rsplit(".", 1)
-    try:
-        owner = importlib.import_module(module)
-    except ModuleNotFoundError:
-        module, cls = module.rsplit(".", 1)
-        owner = getattr(importlib.import_module(module), cls)
-    setattr(owner, function, fault)
+    package, module, *names = place.split(".")
+    owner = importlib.import_module(f"{package}.{module}")
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    setattr(owner, names[-1], fault)
     try:
         verb()
-    except _Returned:
+    except Returned:
         return
 
 
