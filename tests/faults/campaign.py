@@ -17,7 +17,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 from rich.console import Console
 from rich.table import Table
@@ -67,7 +67,7 @@ class Moment:
     delay: float
     """Seconds after the phase has been seen."""
     ranks: list[int]
-    signal: signal.Signals = signal.SIGKILL
+    signal: Signals = Signals.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ def plan_moments(number: int, seed: int) -> list[Moment]:
 
 
 OTHER_SIGNALS = [
-    Moment("training", 0.3, [0, 1], signal.SIGTERM),
-    Moment("training", 0.6, [0, 1], signal.SIGUSR1),
-    Moment("training", 0.5, [1], signal.SIGSTOP),
+    Moment("training", 0.3, [0, 1], Signals.SIGTERM),
+    Moment("training", 0.6, [0, 1], Signals.SIGUSR1),
+    Moment("training", 0.5, [1], Signals.SIGSTOP),
 ]
 
 
@@ -144,7 +144,7 @@ class Campaign:
             started = time.monotonic()
             for rank in moment.ranks:
                 processes[rank].send_signal(moment.signal)
-            is_stop = moment.signal == signal.SIGSTOP
+            is_stop = moment.signal == Signals.SIGSTOP
             for process in [p for rank, p in enumerate(processes) if not (is_stop and rank in moment.ranks)]:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, started + 2 * LIMIT - time.monotonic()))
@@ -193,7 +193,7 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
         faults.append(f"exit codes {codes}: not disturbed at all, or not noticed")
     if seconds > LIMIT:
         faults.append(f"ranks ended only after {seconds:.0f} s")
-    if moment.signal in (signal.SIGTERM, signal.SIGUSR1):
+    if moment.signal in (Signals.SIGTERM, Signals.SIGUSR1):
         if codes != [75] * RANKS:
             faults.append(f"exit codes {codes}")
     elif f"error: rank {moment.ranks[0]} (host" not in output:
