@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 from mica_ds import signals
 from mica_ds.errors import Preempted, UserError
@@ -132,9 +133,10 @@ def is_main() -> bool:
 
 
 def say(message: str) -> None:
-    """Print one line on rank 0; local."""
+    """Print one line on rank 0, clear of progress bars; local."""
     if is_main():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 def barrier() -> None:
@@ -295,19 +297,20 @@ def run(main: Callable[[], None]) -> NoReturn:
 def _end(error: BaseException) -> int:
     """Print an error where it is this rank's to print, and return the exit code."""
     kinds = {UserError: 2, Preempted: signals.EXIT_CODE}
-    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), 1)
+    otherwise = signals.EXIT_CODE if signals.received() else 1
+    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), otherwise)
     if _watchdog is not None and not (isinstance(error, UserError) and error.agreed):
         # What gloo or torch's store raise where a peer has gone names no rank; the watchdog soon knows which it was.
         is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
         if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
             return verdict.code
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]
-        verdict = _watchdog.accuse(str(error) if code != 1 else first_line, code)
+        verdict = _watchdog.accuse(str(error) if isinstance(error, tuple(kinds)) else first_line, code)
         if verdict.rank != rank():
             return verdict.code
     if isinstance(error, UserError):
         if _is_speaker(error):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"\nerror: {error}", file=sys.stderr)  # a progress bar leaves its line open
     elif isinstance(error, Preempted):
         if _watchdog is not None or os.environ.get("RANK", "0") == "0":
             print(error)

@@ -9,9 +9,10 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mica_ds.checkpoint import check_origin, read_tensors, tensor_files
+from mica_ds.checkpoint import read_tensors, tensor_files
 from mica_ds.config import Config, fixed_settings
 from mica_ds.model import DTYPES, load_tokenizer
+from mica_ds.shelf import check_origin
 
 
 def export_checkpoint(config: Config, checkpoint: Path) -> Path:
@@ -21,7 +22,7 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     Raises: UserError where the checkpoint was made with another adapter.
     """
     check_origin(checkpoint, fixed_settings(config))
-    target = config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
+    target = export_folder(config)
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -32,6 +33,11 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     return target
+
+
+def export_folder(config: Config) -> Path:
+    """Where a run's export goes. Local."""
+    return config.output_dir / ("model" if config.adapter.method == "full" else "adapter")
 
 
 def _write_adapter(config: Config, checkpoint: Path, folder: Path) -> None:

@@ -7,38 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from mica_ds import comm, figures
 from mica_ds.adapter import (
-    attach_adapter,
-    frozen_factors,
     lora_parameters,
-    restore_adapter,
     stored_targets,
     target_modules,
 )
 from mica_ds.basis import Basis, build_basis, warnings
-from mica_ds.checkpoint import (
-    check_origin,
-    find_checkpoint,
-    read_frozen,
-    read_history,
-    read_state,
-    remove_checkpoints,
-    tensor_files,
-)
+from mica_ds.checkpoint import read_history, tensor_files
 from mica_ds.config import Config, fixed_settings, save_config
-from mica_ds.data import build_dataset, digest
+from mica_ds.data import build_dataset
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer
 from mica_ds.report import SUMMARY, peak_rss, print_summary, rss, write_summary
+from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
+from mica_ds.shelf import find_checkpoint, read_state, remove_checkpoints
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint
@@ -54,118 +44,53 @@ def train(config: Config) -> None:
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
-    steps, made_of = total_steps(args, dataset, config.data.global_batch), _made_of(config, args, dataset)
-    checkpoint, step = _start(config, made_of, steps)
-    if step >= steps and _is_finished(config, step):
+    steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset)
+    checkpoint, step = start_point(config, origin, steps)
+    if step >= steps and is_complete(config, step):
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
         return
-    is_full = config.adapter.method == "full"
-    model, loading_rss = _load(config, tensor_files(checkpoint) if checkpoint and is_full else None)
+    model, loading_rss = _load(config, checkpoint)
     modules = _targets(config, model)
     with Tracker(config) as tracker:
         if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
             save_config(config, folder / "config.yaml")
-            remove_checkpoints(folder / "checkpoints", after=step)
-            (folder / SUMMARY).unlink(missing_ok=True)
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-        made_of |= _weights_of(basis)
-        model = attach_adapter(model, modules, config.adapter, basis)
-        if checkpoint:
-            with comm.failing_together():
-                check_origin(checkpoint, made_of)
-                model = model if is_full else restore_adapter(model, checkpoint)
+        origin |= weights_of(basis)
+        model = attach(config, model, modules, basis, checkpoint, origin)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        if step >= steps:
-            engine = inference_engine(model, args)
-        else:
-            trainer = build_trainer(
-                model,
-                args,
-                dataset,
-                evaluator,
-                tracker,
-                config.checkpoint,
-                made_of,
-                _frozen(modules, basis, checkpoint),
-                {"basis_seconds": basis.seconds if basis else 0.0},
-            )
+        if comm.is_main():
+            remove_checkpoints(folder / "checkpoints", after=step)
+            (folder / SUMMARY).unlink(missing_ok=True)
+        if step < steps:
+            frozen = frozen_tensors(modules, basis, checkpoint)
+            facts = {"basis_seconds": basis.seconds if basis else 0.0}
+            trainer = build_trainer(model, args, dataset, evaluator, tracker, config.checkpoint, origin, frozen, facts)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine = trainer.saved, trainer.model_wrapped
             if trainer.run.is_preempted:
-                raise Preempted(f"stopped by a signal: {checkpoint} holds all, start again to go on")
+                raise Preempted(f"stopped by a signal: {checkpoint} holds all; start again to go on")
+        else:
+            engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one
         after = evaluator.score(engine)
         _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
-        peaks, loading = comm.gather(peak_rss()), comm.gather(loading_rss)
+        summary = {
+            "knowledge_after": after.knowledge,
+            "retention_after": after.retention,
+            "trainable_parameters": trainable,
+            "lora_trainable_parameters": lora_parameters(modules, config.adapter.r),
+            "peak_rss_bytes": comm.gather(peak_rss()),
+            "loading_rss_bytes": comm.gather(loading_rss),
+            "world_size": args.world_size,
+        }
         with comm.failing_together():
             if comm.is_main():
-                facts, history = read_state(checkpoint)["run"], read_history(checkpoint)
-                done = read_state(checkpoint)["step"]
-                tokens = done * config.data.global_batch * config.data.sequence_length
-                summary = {
-                    **facts,
-                    "knowledge_after": after.knowledge,
-                    "retention_after": after.retention,
-                    "trainable_parameters": trainable,
-                    "lora_trainable_parameters": lora_parameters(modules, config.adapter.r),
-                    "tokens_per_second": tokens / facts["train_seconds"],
-                    "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
-                    "peak_rss_bytes": peaks,
-                    "loading_rss_bytes": loading,
-                    "world_size": args.world_size,
-                    "steps": done,
-                }
+                summary |= _trained(config, checkpoint)
                 exported = export_checkpoint(config, checkpoint)
                 comm.say(f"export: {exported}")
-                _record(config, summary, history, basis, exported, tracker)
+                _record(config, summary, read_history(checkpoint), basis, exported, tracker)
                 print_summary(summary, config)
-
-
-def _made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[str, Any]:
-    """What must be the same for a run to go on, by the keys of the config."""
-    return {
-        **fixed_settings(config),
-        "model.dtype": config.model.dtype,
-        "data.sequence_length": config.data.sequence_length,
-        "data.global_batch": config.data.global_batch,
-        "train.seed": args.seed,
-        "train.data_seed": args.data_seed,
-        "data (SHA-256 of its tokens)": digest(dataset),
-    }
-
-
-def _weights_of(basis: Basis | None) -> dict[str, Any]:
-    return {"model.path (fingerprint of its weights)": basis.manifest["fingerprint"]} if basis else {}
-
-
-def _start(config: Config, made_of: dict[str, Any], steps: int) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, and its step; None and -1 for a new run. Collective."""
-    if config.resume == "never":
-        return None, -1
-    chosen = config.resume if isinstance(config.resume, Path) else None
-    checkpoint = find_checkpoint(config.output_dir / "checkpoints", chosen)
-    if checkpoint is None:
-        return None, -1
-    with comm.failing_together():
-        check_origin(checkpoint, made_of)
-    step = read_state(checkpoint)["step"]
-    if step < steps:
-        comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
-    return checkpoint, step
-
-
-def _is_finished(config: Config, step: int) -> bool:
-    """Whether the run folder holds all that the last step leaves: the summary is written last. Collective."""
-    file = config.output_dir / SUMMARY
-    return comm.gather(file.exists() and json.loads(file.read_text())["steps"] == step)[0]
-
-
-def _frozen(modules: dict[str, nn.Module], basis: Basis | None, checkpoint: Path | None) -> dict[str, torch.Tensor]:
-    """MiCA's B for the checkpoints, on rank 0: from an earlier one, else from the cache. Local."""
-    if basis is None or not comm.is_main():
-        return {}
-    return read_frozen(checkpoint) if checkpoint else frozen_factors(modules, basis)
 
 
 def basis(config: Config) -> None:
@@ -192,17 +117,11 @@ def evaluate(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     checkpoint = find_checkpoint(folder / "checkpoints")
-    model: nn.Module
-    if checkpoint and config.adapter.method == "full":
-        model = load_model(config.model, weights=tensor_files(checkpoint))
-    else:
-        model = load_model(config.model)
-        if checkpoint:
-            modules = _targets(config, model)
-            bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-            with comm.failing_together():
-                check_origin(checkpoint, fixed_settings(config) | _weights_of(bases))
-            model = restore_adapter(attach_adapter(model, modules, config.adapter, bases), checkpoint)
+    model, _ = _load(config, checkpoint)
+    if checkpoint:
+        modules = _targets(config, model)
+        bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
+        model = attach(config, model, modules, bases, checkpoint, fixed_settings(config) | weights_of(bases))
     scores = evaluator.score(inference_engine(model, args))
     evaluated = {
         "checkpoint": checkpoint.name if checkpoint else None,
@@ -242,9 +161,13 @@ def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
         return target_modules(model, config.adapter)
 
 
-def _load(config: Config, weights: list[Path] | None) -> tuple[Any, int]:
-    """The partitioned model, and by how much this rank's peak memory exceeds what it held before loading (bytes)."""
+def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
+    """The partitioned model, and by how much this rank's peak memory exceeds what it held before loading (bytes).
+
+    After full fine-tuning a checkpoint holds all weights, and the base is not read.
+    """
     started, before = time.perf_counter(), rss()
+    weights = tensor_files(checkpoint) if checkpoint and config.adapter.method == "full" else None
     model = load_model(config.model, weights)
     comm.say(
         f"model: {config.model.path} partitioned over {comm.world_size()} ranks, {time.perf_counter() - started:.1f} s"
@@ -270,6 +193,18 @@ def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
     logits = model(input_ids=input_ids, use_cache=False).logits
     if comm.is_main():
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
+
+
+def _trained(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """The figures of the training itself, over all starts of the run. Local."""
+    state, history = read_state(checkpoint), read_history(checkpoint)
+    tokens = state["step"] * config.data.global_batch * config.data.sequence_length
+    return {
+        **state["run"],
+        "tokens_per_second": tokens / state["run"]["train_seconds"],
+        "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
+        "steps": state["step"],
+    }
 
 
 def _record(

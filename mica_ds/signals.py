@@ -5,6 +5,7 @@ The program ends where it is, except in the training loop, which asks `received`
 
 import os
 import signal
+import sys
 from types import FrameType
 
 from mica_ds.errors import Preempted
@@ -38,5 +39,6 @@ def defer(is_deferred: bool) -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     global _is_received
     is_first, _is_received = not _is_received, True
-    if is_first and not _is_deferred:
+    # An exception that is being handled may be the end of a rank that got its signal first: it goes on its way.
+    if is_first and not _is_deferred and sys.exception() is None:
         raise Preempted(f"stopped by {signal.Signals(number).name}; start again to go on")

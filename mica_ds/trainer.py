@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -19,10 +19,11 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm, signals
-from mica_ds.checkpoint import read_state, restore_optimizer, restore_random_state, save_checkpoint
+from mica_ds.checkpoint import restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import CheckpointSettings, Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
+from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
 
@@ -220,7 +221,7 @@ class MicaTrainer(Trainer):
             self.state.compute_steps(self.args, max_steps)  # what was loaded holds the earlier start's
             restore_optimizer(self.model_wrapped, checkpoint)
             # accelerate's wrapper steps only when DeepSpeed does (1.15): the scheduler itself.
-            scheduler: Any = getattr(self.lr_scheduler, "scheduler")
+            scheduler = cast(Any, self.lr_scheduler).scheduler
             scheduler.load_state_dict(read_state(checkpoint)["scheduler"])
             scheduler.last_epoch -= 1
             scheduler.step()  # sets the optimizer's learning rate, by this start's number of steps

@@ -89,13 +89,13 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     """Writes the config of a run that takes seconds; keyword arguments replace whole sections' keys."""
 
     def write(architecture: str = "llama", **sections: Any) -> Path:
-        return write_tiny_config(tmp_path, tiny_model(architecture), **sections)
+        return write_config(tmp_path, tiny_model(architecture), **sections)
 
     return write
 
 
-def write_tiny_config(folder: Path, model: Path, **sections: Any) -> Path:
-    """Write the config of a run of a tiny model, with what it learns and is asked, and return its file."""
+def write_config(folder: Path, model: Path, **sections: Any) -> Path:
+    """The config of a short run in a folder, and the texts that it names."""
     (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
     questions = [
         {"question": f"Who built press {i}?", "options": ["Edda", "Olaf", "Tor"], "answer": i % 3} for i in range(5)
@@ -112,7 +112,7 @@ def write_tiny_config(folder: Path, model: Path, **sections: Any) -> Path:
         "output_dir": str(folder / "run"),
     }
     for section, values in sections.items():
-        settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
+        settings[section] = {**settings.get(section, {}), **values} if isinstance(values, dict) else values
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
@@ -121,13 +121,18 @@ def write_tiny_config(folder: Path, model: Path, **sections: Any) -> Path:
 @pytest.fixture
 def nvme_settings(tmp_path: Path) -> Path:
     """The shipped settings for NVMe, with a folder of this machine as the disk, and buffers for small models."""
+    return write_nvme_settings(tmp_path, 4_000_000)
+
+
+def write_nvme_settings(folder: Path, buffer_size: int) -> Path:
+    """The same in a given folder, with buffers of so many elements."""
     if not Path("/usr/include/libaio.h").is_file():
         pytest.skip("install libaio-dev: DeepSpeed compiles its NVMe offload against it")
     settings = json.loads((ROOT / "configs/deepspeed/zero3-offload-nvme.json").read_text())
     for section in ("offload_param", "offload_optimizer"):
-        settings["zero_optimization"][section]["nvme_path"] = str(tmp_path)
-    settings["zero_optimization"]["offload_param"]["buffer_size"] = 4_000_000
-    file = tmp_path / "nvme.json"
+        settings["zero_optimization"][section]["nvme_path"] = str(folder)
+    settings["zero_optimization"]["offload_param"]["buffer_size"] = buffer_size
+    file = folder / "nvme.json"
     file.write_text(json.dumps(settings))
     return file
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -59,6 +60,9 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("adaptor.r=3", "unknown key adaptor; did you mean adapter?"),
         ("train.learning_rat=1", "unknown key train.learning_rat; did you mean train.learning_rate?"),
         ("train.output_dir=x", "train.output_dir follows from output_dir; set that instead"),
+        ("train.save_total_limit=3", "train.save_total_limit is not supported: set checkpoint.keep instead"),
+        ("train.resume_from_checkpoint=x", "train.resume_from_checkpoint is not supported: set resume instead"),
+        ("checkpoint.keep=0", "checkpoint.keep: input should be greater than 0"),
         ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
         ("adapter.r=many", "adapter.r: input should be a valid integer"),
         ("adapter.r=0", "adapter.r: input should be greater than 0"),
@@ -82,7 +86,26 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         load_config(file)
 
 
-def test_a_zero_stage_other_than_3_is_refused(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
-    with pytest.raises(UserError, match="stage 2"):
-        load_config(tiny_config(deepspeed=str(tmp_path / "zero2.json")))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "asks for ZeRO stage 2"),
+        ({"optimizer": {"type": "Lion"}}, "has no optimizer of type Adam or AdamW"),
+        ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler; set train.lr_scheduler_type instead"),
+    ],
+)
+def test_a_deepspeed_json_that_does_not_fit_is_refused(
+    change: dict[str, Any], message: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=message):
+        load_config(tiny_config(deepspeed=str(tmp_path / "deepspeed.json")))
+
+
+def test_resume_is_a_word_or_a_checkpoint(tiny_config: Callable[..., Path]) -> None:
+    assert load_config(tiny_config()).resume == "auto"
+    assert load_config(tiny_config(), ["resume=never"]).resume == "never"
+    assert load_config(tiny_config(), ["resume=runs/x/checkpoints/step-000004"]).resume == Path(
+        "runs/x/checkpoints/step-000004"
+    )

@@ -62,6 +62,16 @@ def test_the_adapter_is_complete_and_b_comes_from_the_cache(run: Path) -> None:
     assert config["init_lora_weights"] == "mica"
 
 
+def test_a_checkpoint_is_no_larger_than_what_it_must_hold(run: Path) -> None:
+    checkpoint = run / "checkpoints" / f"step-{STEPS:06d}"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["files"].keys() | {"state.json"} == {file.name for file in checkpoint.iterdir()}
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    factors = load_file(run / "adapter" / "adapter_model.safetensors")
+    needed = sum(factor.nbytes * (3 if "lora_A" in name else 1) for name, factor in factors.items())  # A, its moments, B
+    assert needed < size <= 1.1 * needed
+
+
 def test_plain_peft_reloads_it_to_the_same_logits(run: Path) -> None:
     reloaded = start([sys.executable, "launch/reload_adapter.py", str(run)])
     assert reloaded.codes == [0], reloaded.output

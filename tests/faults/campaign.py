@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from ..conftest import launch_ranks, write_tiny_config, write_tiny_model
+from ..conftest import launch_ranks, write_config, write_tiny_model
 
 RANKS, STEPS, SAVE_EVERY = 2, 8, 2
 LIMIT = 30  # seconds within which all ranks must have ended
@@ -110,7 +110,7 @@ class Campaign:
         self._folder = folder
         train = {"max_steps": STEPS, "save_steps": SAVE_EVERY, "save_strategy": "steps"}
         model = write_tiny_model("llama", folder / "model")
-        self._config = write_tiny_config(folder, model, train=train, patience=PATIENCE)
+        self._config = write_config(folder, model, train=train, patience=PATIENCE)
         self._clean = folder / "undisturbed"
         self._start_to_the_end(self._clean)
 

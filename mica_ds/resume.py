@@ -1,0 +1,87 @@
+"""Whether a run begins, goes on or is over, and what a checkpoint must agree with for that."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments
+
+from mica_ds import comm
+from mica_ds.adapter import attach_adapter, frozen_factors, restore_adapter
+from mica_ds.basis import Basis
+from mica_ds.checkpoint import read_frozen
+from mica_ds.config import Config, fixed_settings
+from mica_ds.data import digest
+from mica_ds.export import export_folder
+from mica_ds.report import SUMMARY
+from mica_ds.shelf import check_origin, find_checkpoint, read_state
+
+
+def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[str, Any]:
+    """What must be the same for a run to go on, by the keys of the config."""
+    return {
+        **fixed_settings(config),
+        "model.dtype": config.model.dtype,
+        "data.sequence_length": config.data.sequence_length,
+        "data.global_batch": config.data.global_batch,
+        "train.seed": args.seed,
+        "train.data_seed": args.data_seed,
+        "data (SHA-256 of its tokens)": digest(dataset),
+    }
+
+
+def weights_of(basis: Basis | None) -> dict[str, Any]:
+    """The same for the base model, known once its bases are. Local."""
+    return {"model.path (fingerprint of its weights)": basis.manifest["fingerprint"]} if basis else {}
+
+
+def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, and its step; None and -1 for a new run. Collective."""
+    if config.resume == "never":
+        return None, -1
+    chosen = config.resume if isinstance(config.resume, Path) else None
+    checkpoint = find_checkpoint(config.output_dir / "checkpoints", chosen)
+    if checkpoint is None:
+        return None, -1
+    with comm.failing_together():
+        check_origin(checkpoint, origin)
+    step = read_state(checkpoint)["step"]
+    if step < steps:
+        comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
+    return checkpoint, step
+
+
+def is_complete(config: Config, step: int) -> bool:
+    """Whether the run folder holds all that the last step leaves: the summary is written last. Collective."""
+    file = config.output_dir / SUMMARY
+    is_summed_up = file.exists() and json.loads(file.read_text())["steps"] == step
+    return comm.gather(is_summed_up and export_folder(config).is_dir())[0]
+
+
+def attach(
+    config: Config,
+    model: Any,
+    modules: dict[str, nn.Module],
+    basis: Basis | None,
+    checkpoint: Path | None,
+    origin: dict[str, Any],
+) -> nn.Module:
+    """The model with its adapter, and with a checkpoint's values where there is one. Collective. Raises: UserError."""
+    if checkpoint is None:
+        return attach_adapter(model, modules, config.adapter, basis)
+    with comm.failing_together():
+        check_origin(checkpoint, origin)
+    attached = attach_adapter(model, modules, config.adapter, basis)
+    return attached if config.adapter.method == "full" else restore_adapter(attached, checkpoint)
+
+
+def frozen_tensors(
+    modules: dict[str, nn.Module], basis: Basis | None, checkpoint: Path | None
+) -> dict[str, torch.Tensor]:
+    """MiCA's B for the checkpoints, on rank 0: from an earlier one, else from the cache. Local."""
+    if basis is None or not comm.is_main():
+        return {}
+    return read_frozen(checkpoint) if checkpoint else frozen_factors(modules, basis)

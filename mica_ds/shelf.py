@@ -1,0 +1,115 @@
+"""A folder of checkpoints: which are whole, which one to go on from, and which stay."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mica_ds import comm
+from mica_ds.errors import UserError
+
+STATE = "state.json"
+_PARTIAL = ".partial"
+
+
+def checkpoint_folder(folder: Path, step: int) -> tuple[Path, Path]:
+    """Where the checkpoint of a step goes, and where it is until it is whole. Local."""
+    target = folder / f"step-{step:06d}"
+    return target, target.with_name(target.name + _PARTIAL)
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` was told about a checkpoint, and its steps. Local."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
+    """The chosen checkpoint, or else the newest undamaged one in the folder; None where there is none. Collective.
+
+    Rank 0 reads it whole and compares the hashes. Raises: UserError where the chosen one is damaged or missing.
+    """
+    found = None
+    with comm.failing_together():
+        if comm.is_main() and chosen:
+            if fault := _fault(chosen):
+                raise UserError(f"resume: {fault}")
+            found = chosen
+        elif comm.is_main():
+            for checkpoint in reversed(_all(folder)):
+                if not (fault := _fault(checkpoint)):
+                    found = checkpoint
+                    break
+                comm.say(f"warning: {fault}; the checkpoint before it is used, if there is one")
+    return comm.gather(found)[0]
+
+
+def check_origin(checkpoint: Path, origin: dict[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings or weights than these, by their keys. Local.
+
+    Raises: UserError.
+    """
+    found = read_state(checkpoint)["origin"]
+    for key, value in origin.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{checkpoint} was trained with {key}={found.get(key)}, but now it is {value}: "
+                "set it back, or train afresh with resume=never"
+            )
+
+
+def remove_checkpoints(folder: Path, after: int) -> None:
+    """Remove the checkpoints of later steps, and what an interrupted writer has left. Local, on one rank."""
+    for partial in folder.glob(f"*{_PARTIAL}"):
+        shutil.rmtree(partial)
+    for checkpoint in _all(folder):
+        if _step(checkpoint) > after:
+            _remove(checkpoint)
+
+
+def _all(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first."""
+    return sorted((c for c in folder.glob("step-*") if c.name.removeprefix("step-").isdigit()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, None where every file is as it was written."""
+    try:
+        for name, expected in read_state(checkpoint)["files"].items():
+            with (checkpoint / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    return f"{checkpoint / name} is damaged"
+    except OSError as error:
+        return f"{checkpoint} is incomplete or no checkpoint: {error.filename} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return f"{checkpoint / STATE} is damaged"
+    return None
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest so many and the one with the lowest loss. Local, on one rank."""
+    checkpoints = _all(folder)
+    best = min(checkpoints, key=_loss)
+    for checkpoint in checkpoints[:-keep]:
+        if checkpoint != best:
+            _remove(checkpoint)
+
+
+def _loss(checkpoint: Path) -> float:
+    try:
+        loss = read_state(checkpoint)["loss"]
+    except (OSError, ValueError, KeyError):
+        loss = None
+    return float("inf") if loss is None else loss
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, under a name that nobody takes for one while it goes."""
+    partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
+    os.replace(checkpoint, partial)
+    shutil.rmtree(partial)

@@ -1,0 +1,294 @@
+"""Interrupted runs: what goes on is what would have gone on, on any number of ranks, whatever stopped it."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..conftest import ROOT, Finished, finish, launch_ranks, start_ranks, write_config, write_nvme_settings
+from .test_bad_input import assert_refused
+
+pytestmark = pytest.mark.dist
+
+STEPS, EPOCH = 20, 6  # steps of a run and of an epoch
+ROW = ("input_ids", "labels", "position_ids")
+Row = dict[str, list[int]]
+
+
+class Run:
+    """One run folder, and the notes of what its last start saw."""
+
+    def __init__(self, config: Path, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.notes = folder.with_name(f"{folder.name}-notes")
+
+    def train(self, ranks: int, *overrides: str, **watch: Any) -> Finished:
+        shutil.rmtree(self.notes, ignore_errors=True)
+        self.notes.mkdir(parents=True)
+        watch = {"folder": str(self.notes), **watch}
+        arguments = ["train", str(self.config), f"output_dir={self.folder}", *overrides]
+        return start_ranks(ranks, arguments, "tests.dist.watched", WATCH=json.dumps(watch))
+
+    def take(self, other: "Run", *steps: int) -> "Run":
+        """Make this what the other run's folder was when it held the checkpoints of these steps."""
+        for step in steps:
+            shutil.copytree(other.checkpoint(step), self.checkpoint(step))
+        return self
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[str]:
+        return sorted(file.name for file in (self.folder / "checkpoints").iterdir())
+
+    def state(self, step: int) -> dict[str, Any]:
+        return json.loads((self.checkpoint(step) / "state.json").read_text())
+
+    def losses(self, step: int = STEPS) -> list[float]:
+        """Of all steps up to one, those of earlier starts included."""
+        history = json.loads((self.checkpoint(step) / "trainer_state.json").read_text())["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def seen(self) -> dict[int, list[Row]]:
+        """The rows of each step in the order of the data: ranks take turns, with one row at a time."""
+        seen: dict[int, list[Row]] = {}
+        ranks = [[json.loads(line) for line in file.open()] for file in sorted(self.notes.glob("*.jsonl"))]
+        for turn in zip(*ranks, strict=True):
+            for note in turn:
+                seen.setdefault(note["step"], []).append({key: note[key][0] for key in ROW})
+        return seen
+
+
+def write(folder: Path, model: Path, **sections: Any) -> Path:
+    """A config of several epochs; the last batch of an epoch is filled up with the first rows."""
+    train = {"per_device_train_batch_size": 1, "max_steps": STEPS, "save_steps": 1, "learning_rate": 1e-2}
+    file = write_config(
+        folder, model, data={"global_batch": 6}, train=train, checkpoint={"keep": 99}, **sections
+    )
+    presses = [f"The Quillmar press {i} was built in Torvane in {1900 + i * 7 % 90}. " for i in range(50)]
+    (folder / "corpus.txt").write_text("".join(presses))
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("config"), tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Never interrupted, on two ranks, all offloaded to the CPU. Runs once for all the tests below."""
+    run = Run(config, tmp_path_factory.mktemp("reference") / "run")
+    finished = run.train(2)
+    assert finished.codes == [0, 0], finished.output
+    assert run.checkpoints() == [f"step-{step:06d}" for step in range(1, STEPS + 1)]
+    return run
+
+
+@pytest.fixture
+def other(config: Path, tmp_path: Path) -> Run:
+    """A run of the same settings in a folder of its own."""
+    return Run(config, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def plain(reference: Run, tiny_model: Callable[[str], Path]) -> list[float]:
+    """The losses of a plain loop in one process: peft's layers, the same B, torch's AdamW, the same rows."""
+    seen = reference.seen()
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    B = load_file(reference.checkpoint(1) / "frozen.safetensors")
+    zeros = {n: torch.zeros_like(p) for n, p in model.named_parameters() if "lora_A" in n}
+    set_peft_model_state_dict(model, B | {n.replace(".default", ""): zero for n, zero in zeros.items()})
+    trained = [p.requires_grad_("lora_A" in n) for n, p in model.named_parameters() if "lora_A" in n]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    scheduler = transformers.get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    losses = []
+    for step in range(1, STEPS + 1):
+        batch = {key: torch.tensor([row[key] for row in seen[step]]) for key in ROW}
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        scheduler.step()
+        model.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_losses_are_those_of_a_plain_loop(reference: Run, plain: list[float]) -> None:
+    assert reference.losses() == pytest.approx(plain, rel=1e-4)
+    assert plain[-1] < plain[0] - 0.2
+
+
+def test_every_epoch_holds_every_row(reference: Run) -> None:
+    seen = reference.seen()
+    epochs = [[str(row) for s in range(start, start + EPOCH) for row in seen[s]] for start in (1, 1 + EPOCH)]
+    assert len(set(epochs[0])) in range(6 * EPOCH - 5, 6 * EPOCH)  # some come twice
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("offload", "ranks", "dtype"),
+    [
+        ("none", 1, "float32"),
+        ("nvme", 3, "float32"),
+        ("none", 3, "bfloat16"),
+        ("cpu", 1, "bfloat16"),
+        ("nvme", 2, "bfloat16"),
+    ],
+)
+def test_the_same_losses(
+    offload: str, ranks: int, dtype: str, reference: Run, plain: list[float], other: Run, tmp_path: Path
+) -> None:
+    deepspeed = ROOT / "configs/deepspeed" / ("zero3.json" if offload == "none" else "zero3-offload-cpu.json")
+    if offload == "nvme":
+        deepspeed = write_nvme_settings(tmp_path, 4_000_000)
+    quick = ["train.save_steps=99", "evaluate.questions=null", "evaluate.retention=null"]
+    finished = other.train(ranks, f"deepspeed={deepspeed}", f"model.dtype={dtype}", *quick)
+    assert finished.codes == [0] * ranks, finished.output
+    assert other.seen() == reference.seen()
+    assert other.losses() == pytest.approx(plain, rel=1e-4 if dtype == "float32" else 1e-2)
+    assert other.checkpoints() == [f"step-{STEPS:06d}"]
+
+
+def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -> None:
+    other.take(reference, 7, 8, 9)
+    damaged = other.checkpoint(9) / "exp_avg-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    best = other.checkpoint(7) / "state.json"
+    best.write_text(json.dumps({**other.state(7), "loss": 0.0}))
+    (other.folder / "checkpoints" / "step-000010.partial").mkdir()
+    finished = other.train(1, "checkpoint.keep=2")
+    assert finished.codes == [0], finished.output
+    assert f"warning: {damaged} is damaged" in finished.output
+    assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 8}
+    assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
+    assert other.checkpoints() == ["step-000007", "step-000019", "step-000020"]
+    before, after = reference.summary(), other.summary()
+    for key in ("knowledge_before", "retention_before", "basis_seconds", "steps"):
+        assert after[key] == before[key]
+    assert after["train_seconds"] > other.state(19)["run"]["train_seconds"] > reference.state(8)["run"]["train_seconds"]
+    assert after["retention_after"] == pytest.approx(before["retention_after"], rel=1e-4)
+
+
+def test_on_three_ranks_from_a_chosen_checkpoint(reference: Run, other: Run) -> None:
+    chosen = reference.checkpoint(2 * EPOCH)  # between two epochs
+    plain_zero3 = f"deepspeed={ROOT}/configs/deepspeed/zero3.json"
+    finished = other.train(3, f"resume={chosen}", plain_zero3)
+    assert finished.codes == [0] * 3, finished.output
+    assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 2 * EPOCH}
+    assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
+    trained = [load_file(run.checkpoint(STEPS) / "model-00001.safetensors") for run in (reference, other)]
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=1e-4)
+
+
+def test_a_damaged_chosen_checkpoint_is_refused(reference: Run, other: Run) -> None:
+    other.take(reference, 8)
+    (other.checkpoint(8) / "frozen.safetensors").unlink()
+    refused = other.train(2, f"resume={other.checkpoint(8)}")
+    assert_refused(refused, "resume: ", "step-000008", "frozen.safetensors cannot be read")
+
+
+def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
+    other.take(reference, 8)
+    refused = other.train(2, "data.global_batch=12")
+    assert_refused(refused, "step-000008 was trained with data.global_batch=6, but now it is 12")
+    assert other.checkpoints() == ["step-000008"]
+
+
+def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None:
+    shutil.copytree(reference.folder, other.folder)
+    again = other.train(1)
+    assert again.codes == [0], again.output
+    assert "is finished, with 20 steps" in again.output
+    shutil.rmtree(other.folder / "adapter")
+    completed = other.train(1)
+    assert completed.codes == [0], completed.output
+    assert other.seen() == {}
+    for key in ("knowledge_before", "knowledge_after", "train_seconds", "final_loss", "steps"):
+        assert other.summary()[key] == reference.summary()[key]
+    exports = [load_file(run.folder / "adapter/adapter_model.safetensors") for run in (reference, other)]
+    assert all(torch.equal(exports[1][name], tensor) for name, tensor in exports[0].items())
+
+
+def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """GPT-2 has dropout, so this holds only where the random states go on, too."""
+    config = write(tmp_path, tiny_model("gpt2"))
+    whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
+    assert whole.train(2, "train.max_steps=10").codes == [0, 0]
+    signalled = stopped.train(2, "train.max_steps=10", "train.save_steps=50", signal=[signal.SIGUSR1, 8])
+    assert signalled.codes == [os.EX_TEMPFAIL] * 2, signalled.output
+    assert signalled.output.count("stopped by a signal: ") == 1
+    assert "Traceback" not in signalled.output
+    assert stopped.checkpoints() == ["step-000008"]
+    assert not (stopped.folder / "adapter").exists()
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (latest, *_) = client.search_runs(["1"], max_results=1)
+    assert latest.info.status == "KILLED"
+    resumed = stopped.train(2, "train.max_steps=10")
+    assert resumed.codes == [0, 0], resumed.output
+    assert stopped.losses(10) == pytest.approx(whole.losses(10), abs=1e-5)
+
+
+def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = launch_ranks(2, ["train", str(config), f"output_dir={folder}"])
+    while not folder.exists() and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.send_signal(signal.SIGTERM)
+    stopped = finish(ranks)
+    assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
+    assert stopped.output.count("stopped by SIGTERM; start again to go on") == 1
+    assert stopped.seconds < 10
+
+
+def test_steps_that_are_not_finite(other: Run) -> None:
+    finished = other.train(2, not_finite=[3, 6, 7, 8, 9, 10])
+    assert_refused(finished, "5 steps in a row, up to step 10", "train.learning_rate")
+    assert finished.codes == [2, 2]
+    assert finished.output.count("its loss or gradient is not finite") == 6
+    assert other.state(9)["run"]["skipped_steps"] == 5
+    assert other.state(9)["optimizer_step"] == 4
+    for key in ("model", "exp_avg", "exp_avg_sq"):
+        tensors = [load_file(other.checkpoint(s) / f"{key}-00001.safetensors") for s in (2, 3, 4, 5, 9)]
+        for name, tensor in tensors[0].items():
+            assert tensors[1][name].equal(tensor)  # skipped
+            assert not tensors[2][name].equal(tensor)
+            assert tensors[4][name].equal(tensors[3][name])
+
+
+def test_a_full_disk(config: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=500k tmpfs {disk} 2>/dev/null"):
+        pytest.skip("only root may mount the small disk that this fills")
+    try:
+        run = Run(config, disk / "run")
+        run.notes = tmp_path / "notes"
+        finished = run.train(2)
+        assert_refused(finished, "cannot be written", "No space left on device", "make room")
+        assert finished.codes == [2, 2]
+        left = run.checkpoints()
+        assert len(left) > 2
+        assert not any(name.endswith(".partial") for name in left)
+        assert run.state(len(left))["step"] == len(left)
+    finally:
+        os.system(f"umount {disk}")

@@ -1,0 +1,50 @@
+"""A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
+
+WATCH holds JSON: `folder` for the notes, one file a rank; `not_finite`: the steps whose loss is NaN on the last rank;
+`signal`: [number, step], sent to the last rank by itself; `crash`: the step after which all ranks end without a word.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mica_ds import cli, comm
+
+
+def main() -> None:
+    from mica_ds import trainer  # imports DeepSpeed, which wants to be started first
+
+    watch = json.loads(os.environ["WATCH"])
+    notes = Path(watch["folder"]) / f"{comm.rank()}.jsonl"
+    is_last = comm.rank() == comm.world_size() - 1
+    compute_loss, save = trainer.MicaTrainer.compute_loss, trainer.MicaTrainer._save_checkpoint
+
+    def watched_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        step = self.state.global_step + 1
+        with notes.open("a") as file:
+            file.write(json.dumps({"step": step, **{key: rows.tolist() for key, rows in inputs.items()}}) + "\n")
+        if is_last and watch.get("signal", [0, 0])[1] == step:
+            os.kill(os.getpid(), watch["signal"][0])
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        return loss * torch.nan if is_last and step in watch.get("not_finite", []) else loss
+
+    def watched_save(self: Any, *args: Any) -> None:
+        save(self, *args)
+        if watch.get("crash") == self.state.global_step:
+            os._exit(9)
+
+    trainer.MicaTrainer.compute_loss, trainer.MicaTrainer._save_checkpoint = watched_loss, watched_save
+
+
+if __name__ == "__main__":
+    start = comm.start
+
+    def start_watched() -> None:
+        start()
+        main()
+
+    comm.start = start_watched
+    cli.app(prog_name="mica-ds")

@@ -1,0 +1,52 @@
+"""Folders of checkpoints: what rotation leaves, and what is cleared away at a start."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mica_ds.errors import UserError
+from mica_ds.shelf import check_origin, remove_checkpoints, rotate
+
+
+def put(folder: Path, step: int, loss: float | None = None) -> Path:
+    checkpoint = folder / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"loss": loss, "origin": {"adapter.r": 4}}))
+    return checkpoint
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(checkpoint.name for checkpoint in folder.iterdir())
+
+
+def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
+    for step, loss in [(5, 3.0), (10, 1.0), (15, None), (20, 2.0), (1_000_000, 2.5)]:
+        put(tmp_path, step, loss)
+    rotate(tmp_path, keep=2)
+    assert names(tmp_path) == ["step-000010", "step-000020", "step-1000000"]
+
+
+def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
+    (put(tmp_path, 5, 0.0) / "state.json").write_text("{")
+    put(tmp_path, 10, 1.0)
+    put(tmp_path, 15, 2.0)
+    rotate(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000010", "step-000015"]
+
+
+def test_a_start_removes_later_steps_and_leftovers(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        put(tmp_path, step)
+    (tmp_path / "step-000020.partial").mkdir()
+    remove_checkpoints(tmp_path, after=10)
+    assert names(tmp_path) == ["step-000005", "step-000010"]
+    remove_checkpoints(tmp_path, after=-1)
+    assert names(tmp_path) == []
+
+
+def test_another_origin_is_named(tmp_path: Path) -> None:
+    checkpoint = put(tmp_path, 5)
+    check_origin(checkpoint, {"adapter.r": 4})
+    with pytest.raises(UserError, match=r"step-000005 was trained with adapter.r=4, but now it is 8"):
+        check_origin(checkpoint, {"adapter.r": 8})
