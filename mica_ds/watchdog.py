@@ -182,15 +182,18 @@ class Watchdog:
             return
         self._verdict = verdict
         if verdict.rank != self._rank or not verdict.is_told:
-            prefix = "" if verdict.is_told else "error: "
-            what = (
-                f"{self._name(verdict.rank)} {verdict.reason}; {self._name(self._rank)} was in {self._operation()[0]}"
-            )
-            hint = f" {self._hint}" if verdict.reason == _KILLED else ""
-            print(f"{prefix}{what}, and ends.{hint}", file=sys.stderr, flush=True)
+            if not (self._is_failing and verdict.is_told):  # ranks that fail alike, or are all stopped by a scheduler
+                self._say(verdict)
             _fall_silent()
-            self._loop.call_later(_GRACE, os._exit, 1)
+            self._loop.call_later(_GRACE, os._exit, verdict.code)
         self._is_known.set()
+
+    def _say(self, verdict: Verdict) -> None:
+        prefix = "" if verdict.is_told else "error: "
+        hint = f" {self._hint}" if verdict.reason == _KILLED else ""
+        me, operation = self._name(self._rank), self._operation()[0]
+        line = f"{prefix}{self._name(verdict.rank)} {verdict.reason}; {me} was in {operation}, and ends.{hint}"
+        print(f"\n{line}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
 
     async def _expect_end(self, ended: int) -> None:
         """Another rank has done its part: a collective that this one waits in will not come about any more."""
