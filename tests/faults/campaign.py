@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -80,8 +79,8 @@ class Outcome:
     codes: list[int]
     left: list[str]
     """Unfinished files and folders that the signal left."""
-    resumed_from: list[str]
-    """Where each further start went on from."""
+    resumed_from: list[int]
+    """The step that each further start went on from, by the steps that it took."""
     loss_difference: float
     adapter_difference: float
     faults: list[str]
@@ -119,7 +118,8 @@ class Campaign:
         run = self._folder / name
         seconds, codes, output = self._disturb(run, moment)
         left = sorted(str(path.relative_to(run)) for path in run.rglob("*.partial"))
-        resumed_from, differences = [], (float("nan"), float("nan"))
+        resumed_from: list[int] = []
+        differences = (float("nan"), float("nan"))
         faults = _faults_of_the_end(moment, seconds, codes, output)
         try:
             resumed_from = self._start_to_the_end(run)
@@ -154,15 +154,14 @@ class Campaign:
                 process.kill()
         return seconds, [process.wait() for process in processes], log.read_text()
 
-    def _start_to_the_end(self, run: Path, attempts: int = 3) -> list[str]:
+    def _start_to_the_end(self, run: Path, attempts: int = 3) -> list[int]:
         """Give the command until it ends well, and return where each start went on from."""
         resumed_from = []
         for _ in range(attempts):
             processes, log = self._start(run)
             codes = [process.wait(600) for process in processes]
             output = log.read_text()
-            found = re.search(r"^resume: .*/step-0*(\d+),|^train: .* is (finished)", output, re.MULTILINE)
-            resumed_from.append(next(filter(None, found.groups())) if found else "0")
+            resumed_from.append(STEPS - output.count("{'loss'"))
             if codes == [0] * RANKS:
                 return resumed_from
         raise RuntimeError(f"did not end well in {attempts} starts: {output[-500:]}")
@@ -218,7 +217,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
             f"{outcome.seconds:.1f}",
             " ".join(map(str, outcome.codes)),
             " ".join(outcome.left),
-            ", ".join(outcome.resumed_from),
+            ", ".join(map(str, outcome.resumed_from)),
             f"{outcome.loss_difference:.1g}",
             f"{outcome.adapter_difference:.1g}",
             "; ".join(outcome.faults) or "as promised",
