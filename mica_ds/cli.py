@@ -28,11 +28,13 @@ Overrides = Annotated[
 
 def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
     def main() -> None:
-        from mica_ds import recipe  # imports DeepSpeed, which wants to be started first
+        from mica_ds import memory, recipe  # imports DeepSpeed, which wants to be started first
 
         with comm.failing_together():
             settings = load_config(config, overrides)
-        getattr(recipe, verb)(settings)
+        comm.watch(settings.patience, memory.hint(settings))
+        with memory.explained(settings):
+            getattr(recipe, verb)(settings)
 
     comm.run(main)
 

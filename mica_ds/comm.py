@@ -6,9 +6,11 @@ DeepSpeed's own group (NCCL on GPUs) carries the training.
 
 import io
 import os
+import secrets
 import shutil
 import socket
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -22,11 +24,13 @@ from tqdm import tqdm
 
 from mica_ds import signals
 from mica_ds.errors import Preempted, UserError
+from mica_ds.watchdog import Watchdog
 
-# A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. A peer that dies
-# closes its connections, which gloo reports at once; a host that is lost does not, and is left to the launcher.
+# A rank may wait here for another's solve, which may take hours: the wait has no limit of its own. Ranks that died,
+# stopped or lost their host are the watchdog's.
 _PATIENCE = timedelta(days=30)
 _group: dist.ProcessGroup | None = None
+_watchdog: Watchdog | None = None
 
 Work = dist.Work | None
 
@@ -201,6 +205,31 @@ def count(key: str, amount: int = 0) -> int:
     return dist.distributed_c10d._get_default_store().add(key, amount)
 
 
+def watch(patience: float, hint: str) -> None:
+    """From now on end this rank soon after another has failed or ended, or been silent for `patience` s. Collective.
+
+    `hint` says what to do about a rank that was killed.
+    """
+    global _watchdog
+    if world_size() == 1:
+        return
+    address, listener, port, token = os.environ["MASTER_ADDR"], None, 0, secrets.token_hex()
+    if is_main():
+        family = socket.getaddrinfo(address, None)[0][0]
+        listener = socket.create_server(("", 0), family=family, backlog=world_size())
+        port = listener.getsockname()[1]
+    theirs = gather((socket.gethostname(), port, token))
+    _, port, token = theirs[0]
+    _watchdog = Watchdog(rank(), [host for host, _, _ in theirs], patience, hint)
+    _watchdog.start(token, listener, (address, port))
+
+
+def at(stage: str) -> None:
+    """Note what the run is at (`step 7`), for what is said of it should it fail. Local."""
+    if _watchdog is not None:
+        _watchdog.stage = stage
+
+
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)  # gloo knows no bfloat16
 
@@ -210,6 +239,10 @@ def _is_speaker(error: UserError) -> bool:
     if not dist.is_initialized():
         return os.environ["LOCAL_RANK"] == "0"
     return is_main() or not error.agreed
+
+
+class _PeerError(RuntimeError):
+    """What another rank has raised."""
 
 
 @contextmanager
@@ -230,39 +263,58 @@ def failing_together() -> Iterator[None]:
         return
     is_user_error, message = theirs[first]
     if not is_user_error:
-        raise error or RuntimeError(f"rank {first} failed: {message}")
+        raise error or _PeerError(f"rank {first} failed: {message}")
     agreed = UserError(message)
     agreed.agreed = True
     raise agreed from None
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run `main` in the process group and exit; an error ends this rank at once, with a code that is not 0.
+    """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
     A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
-    and exit code 1.
+    and exit code 1. The rank that failed first prints it, after a line of each other rank that says that it ends.
     """
     code = 0
     signals.watch()
     try:
         start()
         main()
+        if _watchdog is not None:
+            _watchdog.finish()
         barrier()
-    except UserError as error:
-        code = 2
-        if _is_speaker(error):
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
-    except Preempted as asked:
-        code = signals.EXIT_CODE
-        if os.environ.get("RANK", "0") == "0":
-            print(asked, flush=True)
-    except BaseException:
-        code = signals.EXIT_CODE if signals.received() else 1
-        import traceback
-
-        print(f"rank {os.environ.get('RANK', '0')} failed:", file=sys.stderr)
-        traceback.print_exc()
+    except BaseException as error:
+        signals.defer(True)  # a launcher's SIGTERM must not interrupt the end
+        code = _end(error)
+    if _watchdog is not None:
+        _watchdog.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: tearing down the groups waits for peers, which may have failed.
     os._exit(code)
+
+
+def _end(error: BaseException) -> int:
+    """Print an error where it is this rank's to print, and return the exit code."""
+    kinds = {UserError: 2, Preempted: signals.EXIT_CODE}
+    otherwise = signals.EXIT_CODE if signals.received() else 1
+    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), otherwise)
+    if _watchdog is not None and not (isinstance(error, UserError) and error.agreed):
+        # What gloo or torch's store raise where a peer has gone names no rank; the watchdog soon knows which it was.
+        is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
+        if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
+            return verdict.code
+        first_line = f"{type(error).__name__}: {error}".split("\n")[0]
+        verdict = _watchdog.accuse(str(error) if isinstance(error, tuple(kinds)) else first_line, code)
+        if verdict.rank != rank():
+            return verdict.code
+    if isinstance(error, UserError):
+        if _is_speaker(error):
+            print(f"\nerror: {error}", file=sys.stderr)  # a progress bar leaves its line open
+    elif isinstance(error, Preempted):
+        if _watchdog is not None or os.environ.get("RANK", "0") == "0":
+            print(error)
+    else:
+        print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
+        traceback.print_exception(error)
+    return code

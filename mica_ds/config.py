@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
@@ -110,6 +111,8 @@ class Config(Section):
     """The run folder."""
     resume: Literal["auto", "never"] | Path = "auto"
     """Go on from the run folder's newest good checkpoint if there is one, begin again, or go on from this one."""
+    patience: PositiveFloat = 300
+    """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 
 
 # TrainingArguments that follow from our own keys; a second way to set them would let the two disagree.

@@ -134,6 +134,7 @@ class RunCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restore_random_state()
+        comm.at(f"step {state.global_step + 1}")
 
     def _restore_random_state(self) -> None:
         if self._random_state_of:
@@ -167,6 +168,7 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.is_preempted:
             signals.defer(False)
+        comm.at("")
 
     def on_log(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -66,19 +66,22 @@ def tiny_model(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def make(architecture: str) -> Path:
         if architecture not in made:
-            folder = tmp_path_factory.mktemp(architecture)
-            torch.manual_seed(0)
-            sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
-            config = transformers.AutoConfig.for_model(
-                architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
-            )
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            model.save_pretrained(folder)
-            transformers.AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
-            made[architecture] = folder
+            made[architecture] = write_tiny_model(architecture, tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
     return make
+
+
+def write_tiny_model(architecture: str, folder: Path) -> Path:
+    """Write a random two-layer checkpoint with the real model's tokenizer, and return its folder."""
+    torch.manual_seed(0)
+    sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
+    )
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -160,21 +163,24 @@ def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **va
 
 
 def launch_ranks(
-    ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str
+    ranks: int, arguments: list[str], program: str = "mica_ds", output: IO[str] | None = None, **variables: str
 ) -> list[subprocess.Popen[str]]:
-    """The same, without waiting for the end; `program` is another module to run."""
+    """The same, without waiting for the end; `program` is another module to run, `output` a file for all ranks'."""
     port = str(free_ports(1)[0])
     command = [sys.executable, "-m", program, *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    return [_popen(command, ROOT, {"RANK": str(rank), "LOCAL_RANK": str(rank), **group}) for rank in range(ranks)]
+    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)]
+    return [_popen(command, ROOT, variables, output) for variables in each]
 
 
-def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+def _popen(
+    command: list[str], cwd: Path, variables: dict[str, str], output: IO[str] | None = None
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=cwd,
         env=environment(**variables),
-        stdout=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that a launcher's ranks can be ended with it

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mica_ds.shelf import read_history
+from mica_ds.checkpoint import read_history
 
 from ..conftest import Finished, start_ranks
 

@@ -1,0 +1,84 @@
+"""Out of memory: what to change, from the sizes at hand."""
+
+import errno
+import re
+import socket
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoConfig
+
+from mica_ds import comm
+from mica_ds.config import Config
+from mica_ds.errors import UserError
+
+_GIB = 1 << 30
+_PHASES = {  # the first of these modules on the stack says what the memory was for
+    "mica_ds.evaluate": "evaluating",
+    "mica_ds.checkpoint": "writing a checkpoint",
+    "transformers.trainer": "training",
+    "mica_ds.basis": "computing bases",
+    "mica_ds.model": "loading the model",
+    "mica_ds.data": "packing the documents",
+}
+
+
+@contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """Raise a UserError that says what to change where the body runs out of memory. Local."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        phase = next((phase for module, phase in _PHASES.items() if module in modules), "working")
+        found = re.search(r"allocate (\d+) bytes", str(error)) or re.search(r"allocate ([\d.]+ \wiB)", str(error))
+        asked = "" if found is None else f" for another {_size(int(found[1])) if found[1].isdigit() else found[1]}"
+        where = f"rank {comm.rank()} (host {socket.gethostname()})"
+        raise UserError(f"{where} ran out of memory while {phase}{asked}: {_advice(config, phase)}") from None
+
+
+def hint(config: Config) -> str:
+    """What to do about a rank that was killed, should it have been for its memory. Local."""
+    try:
+        advice = _advice(config, "training")
+    except (OSError, ValueError):
+        return ""  # a model that cannot be read is reported where it is loaded
+    return f"If the kernel killed it for lack of memory (see dmesg): {advice}."
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch's allocator on the host raises a plain RuntimeError (2.13)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_refused or re.search("[Cc]an(no|')t allocate memory", str(error)) is not None
+
+
+def _advice(config: Config, phase: str) -> str:
+    tokens = AutoConfig.from_pretrained(config.model.path, local_files_only=True).get_text_config().vocab_size
+    model = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
+    share = f"a rank's part of the model is {_size(model / comm.world_size())}"
+    offload = "take more ranks, or offload by `deepspeed` (configs/deepspeed/)"
+    if phase == "evaluating":
+        batch = config.evaluate.batch_tokens
+        logits = _size(4 * batch * tokens)
+        return f"evaluate.batch_tokens={batch} has logits of {logits} ({tokens} a token, fp32); lower it"
+    if phase == "training":
+        batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
+        logits = _size(4 * batch * length * tokens)
+        return (
+            f"train.per_device_train_batch_size={batch} × data.sequence_length={length} has logits of {logits} "
+            f"({tokens} a token, fp32), and their gradient as much: lower either, or set "
+            f"train.gradient_checkpointing=true; {share}: {offload}"
+        )
+    if phase == "computing bases":
+        return "a rank holds one weight and its fp64 factors at a time: run fewer ranks a node, or basis.exchange=gram"
+    return f"{share}: {offload}"
+
+
+def _size(size: float) -> str:
+    return f"{size / _GIB:.2f} GiB"

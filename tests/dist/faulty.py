@@ -1,0 +1,45 @@
+"""A program for the tests: `mica_ds`, on one rank of which a function does something else than it should."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mica_ds import cli, comm
+
+
+class Returned(BaseException):
+    """Leaves the verb, as if it had come to its end."""
+
+
+def main() -> None:
+    """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`."""
+    rank, place, act = sys.argv[1:4]
+    del sys.argv[1:4]
+    if rank == os.environ["RANK"]:
+        run = comm.run
+        comm.run = lambda verb: run(lambda: _break_down(verb, place, act))  # type: ignore[assignment]
+    cli.app()
+
+
+def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        print("FAULT", flush=True)
+        if act == "exit":
+            os._exit(0)
+        raise Returned if act == "return" else ZeroDivisionError("division by zero")
+
+    package, module, *names = place.split(".")
+    owner = importlib.import_module(f"{package}.{module}")
+    for name in names[:-1]:
+        owner = getattr(owner, name)
+    setattr(owner, names[-1], fault)
+    try:
+        verb()
+    except Returned:
+        return
+
+
+if __name__ == "__main__":
+    main()

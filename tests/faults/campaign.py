@@ -1,0 +1,254 @@
+"""Pull the plug of a run at random moments, start it again, and compare what comes out with an undisturbed run.
+
+    python -m tests.faults.campaign [--moments 20] [--seed 0] [--folder DIR] [--out FILE.json]
+
+Each moment is a run of its own of a tiny model on two ranks (fp32, ZeRO-3, offloaded to the CPU). When its output or
+its files show that a phase has begun, and a random moment has passed, a random rank is killed with SIGKILL. Then the
+same command is given again until it ends well. A moment passes where all ranks had ended within 30 s with codes that
+are not 0 and had named the lost rank, the final loss and every tensor of the adapter equal the undisturbed run's to
+1e-5, and the run folder holds exactly the files that the undisturbed run's holds. Three more moments: SIGTERM and
+SIGUSR1 to both ranks, which must end with code 75, and SIGSTOP to one, which the other must name.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from ..conftest import launch_ranks, write_config, write_tiny_model
+
+RANKS, STEPS, SAVE_EVERY = 2, 8, 2
+LIMIT = 30  # seconds within which all ranks must have ended
+PATIENCE = 5  # seconds of silence after which the run gives a rank up
+TOLERANCE = 1e-5
+Sight = Callable[[Path, str], bool]  # whether the run folder or the output shows that a phase has begun
+
+
+def _steps_done(number: int) -> Sight:
+    return lambda run, output: output.count("{'loss'") >= number
+
+
+def _is_evaluating_again(run: Path, output: str) -> bool:
+    return "evaluation:" in output.rpartition("{'loss'")[2] and _steps_done(STEPS)(run, output)
+
+
+PHASES: dict[str, tuple[Sight, float]] = {  # with the seconds over which moments are spread from then on
+    "loading": (lambda run, output: "data: " in output, 0.3),
+    "bases": (lambda run, output: (run / "basis").is_dir(), 0.05),
+    "evaluating before": (lambda run, output: "evaluation:" in output, 0.5),
+    "training": (_steps_done(3), 1.0),
+    "writing a checkpoint": (lambda run, output: any(run.glob("checkpoints/*.partial")), 0.03),
+    "evaluating after": (_is_evaluating_again, 0.3),
+    "exporting": (lambda run, output: (run / "probe.safetensors").exists(), 0.2),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When which signal goes to which ranks."""
+
+    phase: str
+    delay: float
+    """Seconds after the phase has been seen."""
+    ranks: list[int]
+    signal: Signals = Signals.SIGKILL
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    moment: Moment
+    seconds: float
+    """From the signal to the end of all ranks."""
+    codes: list[int]
+    left: list[str]
+    """Unfinished files and folders that the signal left."""
+    resumed_from: list[int]
+    """The step that each further start went on from, by the steps that it took."""
+    loss_difference: float
+    adapter_difference: float
+    faults: list[str]
+    """What did not come out as promised."""
+
+
+def plan_moments(number: int, seed: int) -> list[Moment]:
+    """Random moments, spread evenly over the phases."""
+    draw = random.Random(seed)
+    phases = itertools.islice(itertools.cycle(PHASES), number)
+    return [Moment(phase, draw.uniform(0, PHASES[phase][1]), [draw.randrange(RANKS)]) for phase in phases]
+
+
+OTHER_SIGNALS = [
+    Moment("training", 0.3, [0, 1], Signals.SIGTERM),
+    Moment("training", 0.6, [0, 1], Signals.SIGUSR1),
+    Moment("training", 0.5, [1], Signals.SIGSTOP),
+]
+
+
+class Campaign:
+    """Runs of one config, each in a run folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the model and the config in `folder`, and the undisturbed run."""
+        self._folder = folder
+        train = {"max_steps": STEPS, "save_steps": SAVE_EVERY, "save_strategy": "steps"}
+        model = write_tiny_model("llama", folder / "model")
+        self._config = write_config(folder, model, train=train, patience=PATIENCE)
+        self._clean = folder / "undisturbed"
+        self._start_to_the_end(self._clean)
+
+    def try_moment(self, moment: Moment, name: str) -> Outcome:
+        """Disturb a run, start it again until it ends well, and compare it."""
+        run = self._folder / name
+        seconds, codes, output = self._disturb(run, moment)
+        left = sorted(str(path.relative_to(run)) for path in run.rglob("*.partial"))
+        resumed_from: list[int] = []
+        differences = (float("nan"), float("nan"))
+        faults = _faults_of_the_end(moment, seconds, codes, output)
+        try:
+            resumed_from = self._start_to_the_end(run)
+            differences = self._compare(run, faults)
+        except RuntimeError as error:
+            faults.append(str(error))
+        return Outcome(moment, seconds, codes, left, resumed_from, *differences, faults)
+
+    def _start(self, run: Path) -> tuple[list[subprocess.Popen[str]], Path]:
+        log = run.with_suffix(".log")
+        with log.open("w") as file:
+            arguments = ["train", str(self._config), f"output_dir={run}"]
+            return launch_ranks(RANKS, arguments, output=file, OMP_NUM_THREADS="1"), log
+
+    def _disturb(self, run: Path, moment: Moment) -> tuple[float, list[int], str]:
+        processes, log = self._start(run)
+        has_begun, _ = PHASES[moment.phase]
+        try:
+            while not has_begun(run, log.read_text()) and all(process.poll() is None for process in processes):
+                time.sleep(0.002)
+            time.sleep(moment.delay)
+            started = time.monotonic()
+            for rank in moment.ranks:
+                processes[rank].send_signal(moment.signal)
+            is_stop = moment.signal == Signals.SIGSTOP
+            for process in [p for rank, p in enumerate(processes) if not (is_stop and rank in moment.ranks)]:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, started + 2 * LIMIT - time.monotonic()))
+            seconds = time.monotonic() - started
+        finally:
+            for process in processes:
+                process.kill()
+        return seconds, [process.wait() for process in processes], log.read_text()
+
+    def _start_to_the_end(self, run: Path, attempts: int = 3) -> list[int]:
+        """Give the command until it ends well, and return where each start went on from."""
+        resumed_from = []
+        for _ in range(attempts):
+            processes, log = self._start(run)
+            codes = [process.wait(600) for process in processes]
+            output = log.read_text()
+            resumed_from.append(STEPS - output.count("{'loss'"))
+            if codes == [0] * RANKS:
+                return resumed_from
+        raise RuntimeError(f"did not end well in {attempts} starts: {output[-500:]}")
+
+    def _compare(self, run: Path, faults: list[str]) -> tuple[float, float]:
+        losses = [json.loads((folder / "summary.json").read_text())["final_loss"] for folder in (run, self._clean)]
+        ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (run, self._clean))
+        loss = abs(losses[0] - losses[1])
+        adapter = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+        if not (loss <= TOLERANCE and adapter <= TOLERANCE):
+            faults.append("another result")
+        for difference, what in (
+            (_files(run) - _files(self._clean), "left"),
+            (_files(self._clean) - _files(run), "lacks"),
+        ):
+            if difference:
+                faults.append(f"{what} {', '.join(sorted(difference))}")
+        return loss, adapter
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output: str) -> list[str]:
+    faults = []
+    if 0 in codes:
+        faults.append(f"exit codes {codes}: not disturbed at all, or not noticed")
+    if seconds > LIMIT:
+        faults.append(f"ranks ended only after {seconds:.0f} s")
+    if moment.signal in (Signals.SIGTERM, Signals.SIGUSR1):
+        if codes != [75] * RANKS:
+            faults.append(f"exit codes {codes}")
+    elif f"error: rank {moment.ranks[0]} (host" not in output:
+        faults.append("the lost rank was not named")
+    return faults
+
+
+def show(outcomes: list[Outcome], console: Console) -> None:
+    """Print the table of moments."""
+    table = Table("", "phase", "s after", "signal", "rank", "ended in s", "codes", "left behind", "resumed from step")
+    table.add_column("Δ loss")
+    table.add_column("Δ adapter")
+    table.add_column("outcome", overflow="fold")
+    for number, outcome in enumerate(outcomes, start=1):
+        moment = outcome.moment
+        table.add_row(
+            str(number),
+            moment.phase,
+            f"{moment.delay:.3f}",
+            moment.signal.name,
+            " ".join(map(str, moment.ranks)),
+            f"{outcome.seconds:.1f}",
+            " ".join(map(str, outcome.codes)),
+            " ".join(outcome.left),
+            ", ".join(map(str, outcome.resumed_from)),
+            f"{outcome.loss_difference:.1g}",
+            f"{outcome.adapter_difference:.1g}",
+            "; ".join(outcome.faults) or "as promised",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """The command; exits with 1 where a moment did not come out as promised."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="kept afterwards; else one for the time being")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        campaign = Campaign(folder.absolute())
+        outcomes: list[Outcome] = []
+        for number, moment in enumerate([*plan_moments(arguments.moments, arguments.seed), *OTHER_SIGNALS]):
+            outcomes.append(campaign.try_moment(moment, f"moment-{number + 1}"))
+            verdict = "; ".join(outcomes[-1].faults) or "as promised"
+            console.print(f"{number + 1}. {moment.phase}, {moment.signal.name} to {moment.ranks}: {verdict}")
+            if arguments.out:  # after each, so that nothing is lost
+                rows = [dataclasses.asdict(outcome) for outcome in outcomes]
+                arguments.out.write_text(json.dumps(rows, indent=1))
+    show(outcomes, console)
+    os._exit(any(outcome.faults for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()

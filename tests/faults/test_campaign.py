@@ -1,0 +1,28 @@
+"""The quick part of the campaign: three of its moments."""
+
+from pathlib import Path
+
+import pytest
+
+from .campaign import Campaign, Moment
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def campaign(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    return Campaign(tmp_path_factory.mktemp("campaign"))
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        Moment("training", 0.4, [1]),
+        Moment("writing a checkpoint", 0.002, [0]),
+        Moment("exporting", 0.0, [0]),
+    ],
+    ids=lambda moment: moment.phase.replace(" ", "-"),
+)
+def test_a_killed_run_comes_out_the_same(moment: Moment, campaign: Campaign) -> None:
+    outcome = campaign.try_moment(moment, f"killed-{moment.phase.replace(' ', '-')}")
+    assert not outcome.faults, outcome
