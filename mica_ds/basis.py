@@ -3,7 +3,6 @@
 Each owner writes a matrix's basis as soon as it is solved, so an interrupted run goes on where it stopped.
 """
 
-import json
 import time
 import zlib
 from dataclasses import dataclass
@@ -84,17 +83,6 @@ def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSetting
         if comm.is_main():
             write_manifest(folder / "manifest.json", manifest)
     return Basis(folder, adapter.r, manifest, len(missing), seconds)
-
-
-def load_basis(folder: Path, r: int) -> Basis:
-    """The bases of rank `r` that an earlier run left in `folder`. Local. Raises: UserError where they are missing."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{folder} holds no finished bases; run `mica-ds basis` or `mica-ds train` first") from None
-    if manifest["r"] < r:
-        raise UserError(f"{folder} holds bases of r = {manifest['r']}, which is less than adapter.r={r}")
-    return Basis(folder, r, manifest, solved=0, seconds=0.0)
 
 
 def warnings(manifest: dict[str, Any]) -> list[str]:

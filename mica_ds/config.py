@@ -31,6 +31,8 @@ class ModelSettings(Section):
     """Compute dtype; the masters of what trains are fp32 in either case."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """transformers' attention; those other than sdpa need their package, and a GPU."""
+    offload_activations: bool = False
+    """Keep the activations that train.gradient_checkpointing saves in the host's memory until they are needed."""
 
 
 class AdapterSettings(Section):

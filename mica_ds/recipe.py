@@ -67,7 +67,7 @@ def train(config: Config) -> None:
         if step < steps:
             frozen = frozen_tensors(modules, basis, checkpoint)
             facts = {"basis_seconds": basis.seconds if basis else 0.0}
-            trainer = build_trainer(model, args, dataset, evaluator, tracker, config.checkpoint, origin, frozen, facts)
+            trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin, frozen, facts)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine = trainer.saved, trainer.model_wrapped
             if trainer.run.is_preempted:

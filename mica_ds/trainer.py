@@ -1,5 +1,6 @@
 """transformers' Trainer with our checkpoints, tracking and evaluation."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -58,6 +59,10 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     Must be alive before the model is built: zero.Init takes its settings from here.
     Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
     """
+    if config.model.offload_activations and not config.train.get("gradient_checkpointing"):
+        raise UserError(
+            "model.offload_activations needs train.gradient_checkpointing=true: it offloads what that saves"
+        )
     deepspeed = read_deepspeed(config)
     if "offload_optimizer" in deepspeed["zero_optimization"]:
         comm.require_compiler()
@@ -196,9 +201,11 @@ class MicaTrainer(Trainer):
         origin: dict[str, Any],
         frozen: dict[str, torch.Tensor],
         facts: dict[str, Any],
+        offload_activations: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._offloads_activations = offload_activations
         self._keep, self._origin, self._frozen = settings.keep, origin, frozen
         if self.args.parallelism_config:
             self.loss_is_scaled_for_ga = True  # see `compute_loss`
@@ -225,6 +232,12 @@ class MicaTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
         return token_loss(outputs.loss)
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        if self._offloads_activations:  # what is saved outside of checkpointed layers: their inputs
+            stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()))
+        return stack
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.state.global_step == self._saved_step:
@@ -271,12 +284,12 @@ def _mean_loss(history: list[dict[str, float]], after: int) -> float | None:
 
 
 def build_trainer(
+    config: Config,
     model: nn.Module,
     args: TrainingArguments,
     dataset: Dataset,
     evaluator: Evaluator,
     tracker: Tracker,
-    settings: CheckpointSettings,
     origin: dict[str, Any],
     frozen: dict[str, torch.Tensor],
     facts: dict[str, Any],
@@ -294,10 +307,11 @@ def build_trainer(
         data_collator=default_data_collator,
         evaluator=evaluator,
         tracker=tracker,
-        settings=settings,
+        settings=config.checkpoint,
         origin=origin,
         frozen=frozen,
         facts=facts,
+        offload_activations=config.model.offload_activations,
     )
 
 

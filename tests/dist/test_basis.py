@@ -16,7 +16,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mica_ds.basis import load_basis
+from mica_ds.basis import Basis
 
 from ..conftest import ROOT, SIZES, finish, launch_ranks, start_ranks
 from ..test_solver import assert_is_minor_basis
@@ -33,7 +33,7 @@ def manifest(run: Path) -> dict[str, Any]:
 
 def bases(run: Path) -> dict[str, torch.Tensor]:
     found = manifest(run)
-    stored = load_basis(run / "basis", found["r"])
+    stored = Basis(run / "basis", found["r"], found, solved=0, seconds=0.0)
     return {record["name"]: stored[record["name"]] for record in found["matrices"]}
 
 
