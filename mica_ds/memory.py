@@ -59,21 +59,26 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(config: Config, phase: str) -> str:
-    tokens = AutoConfig.from_pretrained(config.model.path, local_files_only=True).get_text_config().vocab_size
+    text = AutoConfig.from_pretrained(config.model.path, local_files_only=True).get_text_config()
     model = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
     share = f"a rank's part of the model is {_size(model / comm.world_size())}"
     offload = "take more ranks, or offload by `deepspeed` (configs/deepspeed/)"
     if phase == "evaluating":
         batch = config.evaluate.batch_tokens
-        logits = _size(4 * batch * tokens)
-        return f"evaluate.batch_tokens={batch} has logits of {logits} ({tokens} a token, fp32); lower it"
+        logits = _size(4 * batch * text.vocab_size)
+        return f"evaluate.batch_tokens={batch} has logits of {logits} ({text.vocab_size} a token, fp32); lower it"
     if phase == "training":
         batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
-        logits = _size(4 * batch * length * tokens)
+        # A layer keeps some 34 bytes a hidden unit in bf16, or its input alone (Korthikanti et al. 2022, arXiv:2205.05198).
+        is_recomputed, bytes_each = (
+            config.train.get("gradient_checkpointing"),
+            2 if config.model.dtype == "float32" else 1,
+        )
+        token = text.num_hidden_layers * text.hidden_size * (2 if is_recomputed else 34) * bytes_each
+        recompute = "" if is_recomputed else ", or set train.gradient_checkpointing=true"
         return (
-            f"train.per_device_train_batch_size={batch} × data.sequence_length={length} has logits of {logits} "
-            f"({tokens} a token, fp32), and their gradient as much: lower either, or set "
-            f"train.gradient_checkpointing=true; {share}: {offload}"
+            f"train.per_device_train_batch_size={batch} × data.sequence_length={length} keeps about "
+            f"{_size(batch * length * token)} of activations: lower either{recompute}; {share}: {offload}"
         )
     if phase == "computing bases":
         return "a rank holds one weight and its fp64 factors at a time: run fewer ranks a node, or basis.exchange=gram"
@@ -81,4 +86,4 @@ def _advice(config: Config, phase: str) -> str:
 
 
 def _size(size: float) -> str:
-    return f"{size / _GIB:.2f} GiB"
+    return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / (1 << 20):.1f} MiB"
