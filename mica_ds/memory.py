@@ -69,12 +69,9 @@ def _advice(config: Config, phase: str) -> str:
         return f"evaluate.batch_tokens={batch} has logits of {logits} ({text.vocab_size} a token, fp32); lower it"
     if phase == "training":
         batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
-        # A layer keeps some 34 bytes a hidden unit in bf16, or its input alone (Korthikanti et al. 2022, arXiv:2205.05198).
-        is_recomputed, bytes_each = (
-            config.train.get("gradient_checkpointing"),
-            2 if config.model.dtype == "float32" else 1,
-        )
-        token = text.num_hidden_layers * text.hidden_size * (2 if is_recomputed else 34) * bytes_each
+        is_recomputed, wide = config.train.get("gradient_checkpointing"), config.model.dtype == "float32"
+        # A layer keeps some 34 bytes a hidden unit in bf16, or its input alone: Korthikanti et al., arXiv:2205.05198.
+        token = text.num_hidden_layers * text.hidden_size * (2 if is_recomputed else 34) * (2 if wide else 1)
         recompute = "" if is_recomputed else ", or set train.gradient_checkpointing=true"
         return (
             f"train.per_device_train_batch_size={batch} × data.sequence_length={length} keeps about "
