@@ -97,13 +97,16 @@ class Watchdog:
         mine = Verdict(self._rank, f"failed: {reason}", code, is_told=True)
         self._is_failing = True
         self._loop.call_soon_threadsafe(self._report, mine)
-        self._is_known.wait(_GRACE)
-        time.sleep(0.5)  # the others say now that they end: the cause is to be the last thing printed
-        return self._verdict or mine
+        verdict = self.verdict_on_another() or mine
+        if verdict.rank == self._rank:
+            time.sleep(0.5)  # the others say now that they end: the cause is to be the last thing printed
+        return verdict
 
     def verdict_on_another(self) -> Verdict | None:
         """The first cause of what failed here, if it becomes known in the next moments. Local."""
         self._is_known.wait(_GRACE)
+        if self._verdict is not None and self._verdict.rank != self._rank:
+            time.sleep(1)  # launchers end all ranks with the first: the cause is to be printed before
         return self._verdict
 
     async def _watch(self, listener: socket.socket | None, address: tuple[str, int]) -> NoReturn:
