@@ -83,7 +83,9 @@ class Meter(TrainerCallback):
         if state.global_step >= SKIPPED:
             self._times.append(time.perf_counter())
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._times.append(time.perf_counter())
         self.found = {
             "seconds": [end - start for start, end in zip(self._times, self._times[1:], strict=False)],
@@ -106,6 +108,7 @@ def settings(folder: Path, dtype: str) -> Any:
         "evaluate.questions": "null",
         "evaluate.retention": "null",
         "train.max_steps": SKIPPED + TIMED,
+        "train.save_steps": 1000,
         "deepspeed": DEEPSPEED,
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
         "output_dir": folder / dtype,
@@ -123,7 +126,7 @@ def compute_bases(folder: Path, dtype: str) -> None:
 
 def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds import comm
-    from mica_ds.adapter import attach_adapter, origin, target_modules
+    from mica_ds.adapter import attach_adapter, target_modules
     from mica_ds.basis import build_basis
     from mica_ds.data import build_dataset
     from mica_ds.evaluate import Evaluator
@@ -145,7 +148,7 @@ def train_ours(folder: Path, dtype: str) -> Found:
             PartitionSource(modules), config.adapter, config.basis, args.seed, config.output_dir / "basis"
         )
         model = attach_adapter(model, modules, config.adapter, basis)
-        trainer, _ = build_trainer(model, args, dataset, evaluator, tracker, origin(config.adapter, basis))
+        trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin={}, frozen={}, facts={})
         trainer.add_callback(meter)
         trainer.train()
     return meter.found
@@ -194,7 +197,9 @@ def train_stock(folder: Path, dtype: str, method: str, threshold: int | str) -> 
     return meter.found
 
 
-WORKS: dict[str, Callable[..., Found | None]] = {work.__name__: work for work in (compute_bases, train_ours, train_stock)}
+WORKS: dict[str, Callable[..., Found | None]] = {
+    work.__name__: work for work in (compute_bases, train_ours, train_stock)
+}
 
 
 def run_rank(work: str, folder: Path, arguments: Found) -> None:
