@@ -94,7 +94,7 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     return write
 
 
-def write_config(folder: Path, checkpoint: Path, **sections: Any) -> Path:
+def write_config(folder: Path, checkpoint: Path, /, **sections: Any) -> Path:
     """The config of a short run in a folder, and the texts that it names."""
     (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
     questions = [
