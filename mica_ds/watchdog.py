@@ -217,7 +217,9 @@ class Watchdog:
         """What the main thread is in, or has been thrown out of, and whether it waits for other ranks there."""
         active = sys._current_exceptions().get(self._main_thread, (None, None, None))
         raised = [frame for frame, _ in traceback.walk_tb(active[2])][::-1]
-        now = [frame for frame, _ in traceback.walk_stack(sys._current_frames()[self._main_thread])]
+        stack = traceback.walk_stack(sys._current_frames()[self._main_thread])
+        # DeepSpeed (0.19.8) wraps each of its functions in one of nvtx's.
+        now = [frame for frame, _ in stack if _module(frame) != "deepspeed.utils.nvtx"]
         frames = raised if raised and _is_waiting(raised[0]) else now
         ours = [f for f in frames if _module(f).startswith("mica_ds.") and _module(f) != "mica_ds.comm"]
         called_from = f", called from {_describe(ours[0])}" if ours else ""
