@@ -73,13 +73,16 @@ def save_checkpoint(
                 _sync_and_hash(partial / STATE)
                 os.replace(partial, target)
                 _sync_folder(folder)
-                rotate(folder, keep)
             except (OSError, SafetensorError) as failure:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise UserError(
                     f"checkpoint {target} cannot be written ({failure}): make room or mend the disk, and start again "
                     "to go on from the checkpoint before it"
                 ) from None
+            try:
+                rotate(folder, keep)
+            except OSError as failure:
+                comm.say(f"warning: an old checkpoint cannot be removed: {failure}")
     return target
 
 

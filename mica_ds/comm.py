@@ -299,7 +299,10 @@ def _end(error: BaseException) -> int:
     kinds = {UserError: 2, Preempted: signals.EXIT_CODE}
     otherwise = signals.EXIT_CODE if signals.received() else 1
     code = next((code for kind, code in kinds.items() if isinstance(error, kind)), otherwise)
-    if _watchdog is not None and not (isinstance(error, UserError) and error.agreed):
+    is_agreed = isinstance(error, UserError | Preempted) and error.agreed
+    if isinstance(error, Preempted) and is_agreed:
+        barrier()  # a launcher kills the others when the first exits, and would return their code
+    if _watchdog is not None and not is_agreed:
         # What gloo or torch's store raise where a peer has gone names no rank; the watchdog soon knows which it was.
         is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
         if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
@@ -312,7 +315,7 @@ def _end(error: BaseException) -> int:
         if _is_speaker(error):
             print(f"\nerror: {error}", file=sys.stderr)  # a progress bar leaves its line open
     elif isinstance(error, Preempted):
-        if _watchdog is not None or os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or (_watchdog is not None and not is_agreed):
             print(error)
     else:
         print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)

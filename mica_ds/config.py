@@ -32,7 +32,7 @@ class ModelSettings(Section):
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """transformers' attention; those other than sdpa need their package, and a GPU."""
     offload_activations: bool = False
-    """Keep the activations that train.gradient_checkpointing saves in the host's memory until they are needed."""
+    """Keep the activations that train.activation_checkpointing saves in the host's memory until they are needed."""
 
 
 class AdapterSettings(Section):
@@ -173,6 +173,11 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings under which alone a checkpoint means what it says, by their keys."""
     adapter = config.model_dump(mode="json")["adapter"]
     return {f"adapter.{key}": value for key, value in adapter.items()}
+
+
+def recomputes_activations(config: Config) -> bool:
+    """Whether activations are checkpointed, by transformers' name of it or its former one (renamed in 5)."""
+    return bool(config.train.get("activation_checkpointing") or config.train.get("gradient_checkpointing"))
 
 
 def read_deepspeed(config: Config) -> dict[str, Any]:

@@ -112,7 +112,8 @@ def _rows(settings: DataSettings, sources: list[Path], key: str, tokenizer: PreT
     end, length = tokenizer.eos_token_id, settings.sequence_length
     documents = [[*document, end] for document in tokenised]
     together = [documents] if settings.pack else [[document] for document in documents]
-    return Dataset.from_list([row for part in together for row in pack(part, length, padding=end)])
+    rows = [row for part in together for row in pack(part, length, padding=end)]
+    return Dataset.from_list([row for row in rows if any(label != -100 for label in row["labels"])])
 
 
 def pack(documents: Iterable[list[int]], length: int, padding: int) -> list[dict[str, list[int]]]:

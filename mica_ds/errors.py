@@ -13,5 +13,7 @@ class UserError(Exception):
 class Preempted(KeyboardInterrupt):
     """SIGTERM or SIGUSR1: the machine is wanted back, and the same command goes on later.
 
-    Not an Exception: nothing that handles failures may take it for one.
+    Not an Exception: nothing that handles failures may take it for one. `agreed` as in `UserError`.
     """
+
+    agreed = False

@@ -30,8 +30,12 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
         _write_model(config, checkpoint, partial)
     else:
         _write_adapter(config, checkpoint, partial)
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f"{target.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)  # never half of one under its name
     os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -58,7 +62,7 @@ def _write_model(config: Config, checkpoint: Path, folder: Path) -> None:
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, file.name))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
-    description = AutoConfig.from_pretrained(config.model.path, local_files_only=True)
+    description = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
     description.dtype = dtype
     description.save_pretrained(folder)
     load_tokenizer(config.model).save_pretrained(folder)

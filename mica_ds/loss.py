@@ -31,7 +31,8 @@ def tile_loss(model: Any) -> bool:
     """
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     head = base.get_output_embeddings()
-    bends_logits = getattr(base.config.get_text_config(), "final_logit_softcapping", None) is not None
+    settings = base.config.get_text_config().to_dict()  # `final_logit_softcapping`, `logits_soft_cap`, …
+    bends_logits = any(value for key, value in settings.items() if "logit" in key and "cap" in key)
     if type(head) is not nn.Linear or head.weight.requires_grad or bends_logits:
         return False
     head.__class__ = _TiledHead  # keeps ZeRO-3's hooks and the parameter's name

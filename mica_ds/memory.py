@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from mica_ds import comm
-from mica_ds.config import Config
+from mica_ds.config import Config, recomputes_activations
 from mica_ds.errors import UserError
 
 _GIB = 1 << 30
@@ -45,7 +45,7 @@ def hint(config: Config) -> str:
     """What to do about a rank that was killed, should it have been for its memory. Local."""
     try:
         advice = _advice(config, "training")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return ""  # a model that cannot be read is reported where it is loaded
     return f"If the kernel killed it for lack of memory (see dmesg): {advice}."
 
@@ -59,7 +59,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(config: Config, phase: str) -> str:
-    text = AutoConfig.from_pretrained(config.model.path, local_files_only=True).get_text_config()
+    text = AutoConfig.from_pretrained(
+        config.model.path, local_files_only=True, trust_remote_code=False
+    ).get_text_config()
     model = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
     share = f"a rank's part of the model is {_size(model / comm.world_size())}"
     offload = "take more ranks, or offload by `deepspeed` (configs/deepspeed/)"
@@ -69,10 +71,10 @@ def _advice(config: Config, phase: str) -> str:
         return f"evaluate.batch_tokens={batch} has logits of {logits} ({text.vocab_size} a token, fp32); lower it"
     if phase == "training":
         batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
-        is_recomputed, wide = config.train.get("gradient_checkpointing"), config.model.dtype == "float32"
+        is_recomputed, wide = recomputes_activations(config), config.model.dtype == "float32"
         # A layer keeps some 34 bytes a hidden unit in bf16, or its input alone: Korthikanti et al., arXiv:2205.05198.
         token = text.num_hidden_layers * text.hidden_size * (2 if is_recomputed else 34) * (2 if wide else 1)
-        recompute = "" if is_recomputed else ", or set train.gradient_checkpointing=true"
+        recompute = "" if is_recomputed else ", or set train.activation_checkpointing=true"
         return (
             f"train.per_device_train_batch_size={batch} × data.sequence_length={length} keeps about "
             f"{_size(batch * length * token)} of activations: lower either{recompute}; {share}: {offload}"

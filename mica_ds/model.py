@@ -43,7 +43,9 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
     # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
     try:
         with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=settings.attention, trust_remote_code=False
+            )
     except ImportError as error:
         raise UserError(f"model.attention={settings.attention}: {_first_line(error)}") from None
     model.tie_weights()
@@ -71,7 +73,7 @@ def load_skeleton(settings: ModelSettings) -> PreTrainedModel:
     """The model without weights, on the meta device: its modules, names and shapes. Local. Raises: UserError."""
     config = read_model_config(settings.path)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -79,7 +81,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if not settings.path.is_dir():
         raise UserError(f"model.path: {settings.path} is not a folder with a transformers checkpoint")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(settings.path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_first_line(error)}") from None
     if tokenizer.eos_token_id is None:
@@ -92,7 +94,7 @@ def read_model_config(path: Path) -> Any:
     if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path}/config.json is not usable: {_first_line(error)}") from None
 

@@ -71,7 +71,11 @@ def train(config: Config) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine = trainer.saved, trainer.model_wrapped
             if trainer.run.is_preempted:
-                raise Preempted(f"stopped by a signal: {checkpoint} holds all; start again to go on")
+                stopped = Preempted(
+                    f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on"
+                )
+                stopped.agreed = True
+                raise stopped
         else:
             engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one

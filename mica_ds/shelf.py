@@ -28,7 +28,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
     """The chosen checkpoint, or else the newest undamaged one in the folder; None where there is none. Collective.
 
-    Rank 0 reads it whole and compares the hashes. Raises: UserError where the chosen one is damaged or missing.
+    Rank 0 reads it whole and compares the hashes. Raises: UserError where the chosen one is damaged or missing, none of
+    several is whole, or the disk fails.
     """
     found = None
     with comm.failing_together():
@@ -41,7 +42,9 @@ def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
                 if not (fault := _fault(checkpoint)):
                     found = checkpoint
                     break
-                comm.say(f"warning: {fault}; the checkpoint before it is used, if there is one")
+                comm.say(f"warning: {fault}; the checkpoint before it is used")
+            if found is None and _all(folder):
+                raise UserError(f"none of the checkpoints in {folder} is whole; resume=never begins again without them")
     return comm.gather(found)[0]
 
 
@@ -80,13 +83,18 @@ def _step(checkpoint: Path) -> int:
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file is as it was written."""
     try:
-        for name, expected in read_state(checkpoint)["files"].items():
+        state = read_state(checkpoint)
+        if strangers := {file.name for file in checkpoint.iterdir()} - {STATE, *state["files"]}:
+            return f"{checkpoint / min(strangers)} does not belong to a checkpoint"  # transformers would unpickle some
+        for name, expected in state["files"].items():
             with (checkpoint / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                     return f"{checkpoint / name} is damaged"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{checkpoint} is incomplete or no checkpoint: {error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except OSError as error:  # it may be whole: nothing is concluded from a disk that fails
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend the disk, and start again") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint / STATE} is damaged"
     return None
 

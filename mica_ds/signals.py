@@ -13,8 +13,7 @@ from mica_ds.errors import Preempted
 EXIT_CODE = os.EX_TEMPFAIL
 """75: nothing is wrong, start the same command again."""
 
-_is_deferred = False
-_is_received = False
+_is_deferred = _is_received = _has_raised = False
 
 
 def watch() -> None:
@@ -37,8 +36,9 @@ def defer(is_deferred: bool) -> None:
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    global _is_received
-    is_first, _is_received = not _is_received, True
+    global _is_received, _has_raised
+    _is_received = True
     # An exception that is being handled may be the end of a rank that got its signal first: it goes on its way.
-    if is_first and not _is_deferred and sys.exception() is None:
+    if not _has_raised and not _is_deferred and sys.exception() is None:
+        _has_raised = True
         raise Preempted(f"stopped by {signal.Signals(number).name}; start again to go on")

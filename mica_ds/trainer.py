@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm, signals
 from mica_ds.checkpoint import restore_optimizer, restore_random_state, save_checkpoint
-from mica_ds.config import CheckpointSettings, Config, read_deepspeed
+from mica_ds.config import CheckpointSettings, Config, read_deepspeed, recomputes_activations
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
@@ -35,15 +35,15 @@ def accumulation_steps(config: Config) -> int:
 
     Raises: UserError where the ranks cannot divide the global batch.
     """
-    micro, together = _arguments(config)["per_device_train_batch_size"], config.data.sequence_parallel
-    steps, rest = divmod(config.data.global_batch * together, micro * comm.world_size())
+    micro, ranks = _arguments(config)["per_device_train_batch_size"], comm.world_size()
+    steps, rest = divmod(config.data.global_batch, micro * ranks)
     if rest or not steps:
-        shared = f" / data.sequence_parallel={together}" if together > 1 else ""
         raise UserError(
             f"data.global_batch={config.data.global_batch} is not divisible by "
-            f"{comm.world_size()} ranks{shared} × train.per_device_train_batch_size={micro}"
+            f"{ranks} ranks × train.per_device_train_batch_size={micro}"
         )
-    return steps
+    # Ranks that share sequences take one from each of them in turn (DeepSpeed 0.19.8): whole rounds keep a step's set.
+    return steps * config.data.sequence_parallel
 
 
 def total_steps(args: TrainingArguments, dataset: Dataset, global_batch: int) -> int:
@@ -59,9 +59,9 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     Must be alive before the model is built: zero.Init takes its settings from here.
     Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
     """
-    if config.model.offload_activations and not config.train.get("gradient_checkpointing"):
+    if config.model.offload_activations and not recomputes_activations(config):
         raise UserError(
-            "model.offload_activations needs train.gradient_checkpointing=true: it offloads what that saves"
+            "model.offload_activations needs train.activation_checkpointing=true: it offloads what that saves"
         )
     deepspeed = read_deepspeed(config)
     if "offload_optimizer" in deepspeed["zero_optimization"]:
@@ -264,8 +264,8 @@ class MicaTrainer(Trainer):
             restore_optimizer(self.model_wrapped, checkpoint)
             # accelerate's wrapper steps only when DeepSpeed does (1.15): the scheduler itself.
             scheduler = cast(Any, self.lr_scheduler).scheduler
-            scheduler.load_state_dict(read_state(checkpoint)["scheduler"])
-            scheduler.last_epoch -= 1
+            # Its place alone: a learning rate that was changed since is meant.
+            scheduler.last_epoch = read_state(checkpoint)["scheduler"]["last_epoch"] - 1
             scheduler.step()  # sets the optimizer's learning rate, by this start's number of steps
             # The sampler of several ranks would not hear of the epoch through the loader that skips (accelerate 1.15).
             train_dataloader.set_epoch(int(self.state.epoch))

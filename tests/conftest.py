@@ -94,7 +94,7 @@ def tiny_config(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[.
     return write
 
 
-def write_config(folder: Path, model: Path, **sections: Any) -> Path:
+def write_config(folder: Path, checkpoint: Path, /, **sections: Any) -> Path:
     """The config of a short run in a folder, and the texts that it names."""
     (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
     questions = [
@@ -102,7 +102,7 @@ def write_config(folder: Path, model: Path, **sections: Any) -> Path:
     ]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     settings: dict[str, Any] = {
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(checkpoint), "dtype": "float32"},
         "adapter": {"r": 4, "alpha": 8},
         "data": {"corpus": [str(folder / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
         "evaluate": {"questions": str(folder / "questions.jsonl"), "retention": str(folder / "corpus.txt")},

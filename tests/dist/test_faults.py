@@ -98,5 +98,5 @@ def test_out_of_memory_says_what_to_change(tiny_config: Callable[..., Path], tmp
     (error,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert "ran out of memory while training" in error
     assert f"{length * batch * 2 * 40 * 34 * 2 / 2**20:.1f} MiB of activations" in error  # 2 layers, 40 wide, fp32
-    assert "train.gradient_checkpointing=true" in error
+    assert "train.activation_checkpointing=true" in error
     assert "Traceback" not in finished.output

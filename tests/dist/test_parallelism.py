@@ -47,7 +47,7 @@ def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(
         ("at once", 1, ["train.per_device_train_batch_size=4"]),
         ("accumulated", 2, []),
         ("shared", 2, ["data.sequence_parallel=2"]),
-        ("recomputed", 2, ["train.gradient_checkpointing=true", "model.offload_activations=true"]),
+        ("recomputed", 2, ["train.activation_checkpointing=true", "model.offload_activations=true"]),
     ]:
         finished = run(ranks, config, f"output_dir={config.parent}/{name}", *overrides)
         assert finished.codes == [0] * ranks, finished.output

@@ -206,6 +206,18 @@ def test_a_damaged_chosen_checkpoint_is_refused(reference: Run, other: Run) -> N
     assert_refused(refused, "resume: ", "step-000008", "frozen.safetensors cannot be read")
 
 
+def test_damaged_checkpoints_alone_are_no_new_beginning(reference: Run, other: Run) -> None:
+    other.take(reference, 8)
+    stranger = other.checkpoint(8) / "rng_state.pth"  # a name that transformers would unpickle
+    stranger.touch()
+    assert_refused(other.train(1), f"none of the checkpoints in {other.folder}/checkpoints is whole")
+    assert other.checkpoints() == ["step-000008"]
+    stranger.unlink()
+    finished = other.train(1, "train.learning_rate=1e-3", "train.lr_scheduler_type=constant")
+    assert finished.codes == [0], finished.output
+    assert "'learning_rate': '0.001'" in finished.output  # a rate that was lowered meanwhile counts
+
+
 def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
     other.take(reference, 8)
     refused = other.train(2, "data.global_batch=12")
