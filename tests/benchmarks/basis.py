@@ -18,67 +18,29 @@ Rows:
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
-from rich.console import Console
+from common import CORES, GIB, ROOT, Found, Row, console, memory, print_rows, reset_peak, run_ranks, say, write_json
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from mica_ds import comm, factor, solver
 
-ROOT = Path(__file__).resolve().parents[2]
-CORES = len(os.sched_getaffinity(0))
 R = 16
 LONG = 10.0  # seconds from which one run is enough
-GIB = 1 << 30
 MEMORY_LIMIT = 6 * GIB
 
 Shape = tuple[int, int]
-Found = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One ratio: how many times faster ours is or, where there is a limit, how much more it takes."""
-
-    work: str
-    against: str
-    layout: str
-    """Ranks x threads."""
-    ours: float
-    other: float
-    at_least: float | None = None
-    at_most: float | None = None
-    unit: str = "s"
-
-    @property
-    def ratio(self) -> float:
-        return self.other / self.ours if self.at_most is None else self.ours / self.other
-
-    @property
-    def target(self) -> str:
-        """The bound, and whether it is met."""
-        if self.at_most is not None:
-            return f"at most {self.at_most:g}: {'met' if self.ratio <= self.at_most else 'MISSED'}"
-        if self.at_least is not None:
-            return f"at least {self.at_least:g}: {'met' if self.ratio >= self.at_least else 'MISSED'}"
-        return ""
 
 
 def llama_layer(hidden: int, key_value: int, intermediate: int) -> dict[str, Shape]:
@@ -193,7 +155,7 @@ def time_layer(folder: Path, file: str, other: str = "") -> Found:
     source = CheckpointSource(stored, torch.bfloat16)
     build = functools.partial(build_basis, source, AdapterSettings(r=R), BasisSettings(), 0)
     loaded = comm.gather(memory("VmRSS"))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    reset_peak()
     found: Found = {"ours": timed(build, new_caches(folder)), "loaded": loaded}
     found |= {"peak": comm.gather(memory("VmHWM")), "matrices": records(folder)}
     if other == "svd":
@@ -215,12 +177,6 @@ def new_caches(folder: Path) -> Callable[[], tuple[Path]]:
 def records(folder: Path) -> Any:
     """What the first manifest says of each matrix."""
     return json.loads((folder / f"bases-{comm.world_size()}-0" / "manifest.json").read_text())["matrices"]
-
-
-def memory(key: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def measure_rates() -> dict[str, float]:
@@ -292,29 +248,10 @@ def run_rank(work: str, folder: Path, arguments: Found) -> None:
 # What the command does: a function a row, in a folder of its own.
 
 
-def run_ranks(work: Callable[..., Found], folder: Path, ranks: int, threads: int, **arguments: Any) -> Found:
-    """Run one of the works above in rank processes, and return what they found."""
-    say(f"{work.__name__} {arguments or ''} on {ranks} x {threads} ...")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, __file__, "--as-rank", work.__name__, str(folder), json.dumps(arguments)]
-    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
-    environments = [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    # Their stdout goes to stderr: the tables alone go to stdout.
-    processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=2) for environment in environments]
-    try:
-        if any(process.wait() for process in processes):
-            raise SystemExit(f"{work.__name__} failed")
-    finally:
-        for process in processes:
-            process.kill()
-    return json.loads((folder / "found.json").read_text())
-
-
 def one_matrix(shape: Shape, at_least: float, folder: Path) -> tuple[list[Row], Found]:
     rows, details = [], {}
     for threads in sorted({1, CORES}):
-        found = run_ranks(time_matrix, folder, 1, threads, out=shape[0], into=shape[1])
+        found = run_ranks(__file__, time_matrix, folder, 1, threads, out=shape[0], into=shape[1])
         work, layout = f"{shape[0]} x {shape[1]}", f"1 x {threads}"
         floor, seconds = min(found["floors"].items(), key=lambda item: item[1])
         rows += [
@@ -326,14 +263,14 @@ def one_matrix(shape: Shape, at_least: float, folder: Path) -> tuple[list[Row], 
 
 
 def smollm2(folder: Path) -> tuple[list[Row], Found]:
-    found = run_ranks(time_smollm2, folder, 2, 1)
+    found = run_ranks(__file__, time_smollm2, folder, 2, 1)
     return [Row("SmolLM2 under ZeRO-3", "peft's init", "2 x 1", found["ours"], found["peft"], at_least=8)], found
 
 
 def llama8b(folder: Path) -> tuple[list[Row], Found]:
     file = write_layer(LLAMA_8B, folder)
-    two = run_ranks(time_layer, folder, 2, 1, file=file, other="svd")
-    one = run_ranks(time_layer, folder, 1, 1, file=file)
+    two = run_ranks(__file__, time_layer, folder, 2, 1, file=file, other="svd")
+    one = run_ranks(__file__, time_layer, folder, 1, 1, file=file)
     rows = [
         Row("Llama-3-8B layer", "torch.linalg.svd", "2 x 1", two["ours"], two["svd"], at_least=10),
         Row("Llama-3-8B layer", "itself on 1 x 1", "2 x 1", two["ours"], one["ours"], at_least=1.8),
@@ -342,7 +279,7 @@ def llama8b(folder: Path) -> tuple[list[Row], Found]:
 
 
 def llama70b(folder: Path) -> tuple[list[Row], Found]:
-    found = run_ranks(time_layer, folder, 2, 1, file=write_layer(LLAMA_70B, folder), other="schedule")
+    found = run_ranks(__file__, time_layer, folder, 2, 1, file=write_layer(LLAMA_70B, folder), other="schedule")
     work, peak = "Llama-3-70B layer", max(found["peak"])
     growth = max(map(int.__sub__, found["peak"], found["loaded"]))
     rows = [
@@ -371,31 +308,13 @@ ROWS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {
 }
 
 
-def describe_machine() -> Found:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": cpu, "cores": CORES, "torch": torch.__version__, "scipy": scipy.__version__}
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-def print_tables(rows: list[Row], schedule: list[Found]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    title = ", ".join(f"{key} {value}" for key, value in describe_machine().items())
-    table = Table("work", "against", "ranks x threads", "ours", "other", "ratio", "target", title=title)
-    for row in rows:
-        sizes = (f"{value:.2f} {row.unit}" for value in (row.ours, row.other))
-        table.add_row(row.work, row.against, row.layout, *sizes, f"{row.ratio:.2f} x", row.target)
-    console.print(table)
-    if schedule:
-        table = Table("ranks", "seconds", "balance", "GiB moved", "to one rank", "by Gram", title="all of Llama-3-70B")
-        for entry in schedule:
-            moved = (f"{entry[key] / GIB:.2f}" for key in ("bytes", "most_received"))
-            share = f"{entry['balance']:.3f}"
-            table.add_row(str(entry["ranks"]), f"{entry['seconds']:.1f}", share, *moved, str(entry["by_gram"]))
-        console.print(table)
+def print_schedule(schedule: list[Found]) -> None:
+    table = Table("ranks", "seconds", "balance", "GiB moved", "to one rank", "by Gram", title="all of Llama-3-70B")
+    for entry in schedule:
+        moved = (f"{entry[key] / GIB:.2f}" for key in ("bytes", "most_received"))
+        share = f"{entry['balance']:.3f}"
+        table.add_row(str(entry["ranks"]), f"{entry['seconds']:.1f}", share, *moved, str(entry["by_gram"]))
+    console().print(table)
 
 
 def main() -> None:
@@ -413,10 +332,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             found, details[name] = ROWS[name](Path(temporary))
         rows += found
-    print_tables(rows, details.get("llama70b", {}).get("schedule", []))
+    print_rows(rows)
+    if "llama70b" in details:
+        print_schedule(details["llama70b"]["schedule"])
     if options.out:
-        kept = [{**dataclasses.asdict(row), "ratio": row.ratio, "target": row.target} for row in rows]
-        options.out.write_text(json.dumps({"machine": describe_machine(), "rows": kept, "details": details}, indent=1))
+        write_json(options.out, rows, details)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,6 @@ class Row:
             return f"at least {self.at_least:g}: {'met' if self.ratio >= self.at_least else 'MISSED'}"
         return ""
 
-    def record(self) -> Found:
-        """All of it, for JSON."""
-        return {**dataclasses.asdict(self), "ratio": self.ratio, "target": self.target}
-
 
 def memory(key: str) -> int:
     """Bytes of this process: VmRSS now, or VmHWM at most."""
@@ -67,19 +64,19 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def start_ranks(script: str, work: str, folder: Path, ranks: int, threads: int, arguments: Found) -> Found:
-    """Run `script --as-rank work folder arguments` as rank processes, and return the found.json they leave."""
-    say(f"{work} {arguments or ''} on {ranks} x {threads} ...")
+def run_ranks(script: str, work: Callable[..., Any], folder: Path, ranks: int, threads: int, **arguments: Any) -> Any:
+    """Run `script --as-rank work folder arguments` as rank processes, and return the found.json that they leave."""
+    say(f"{work.__name__} {arguments or ''} on {ranks} x {threads} ...")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-    command = [sys.executable, script, "--as-rank", work, str(folder), json.dumps(arguments)]
+    command = [sys.executable, script, "--as-rank", work.__name__, str(folder), json.dumps(arguments)]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
     environments = [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     # Their stdout goes to stderr: the tables alone go to stdout.
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=2) for environment in environments]
     try:
         if any(process.wait() for process in processes):
-            raise SystemExit(f"{work} failed")
+            raise SystemExit(f"{work.__name__} failed")
     finally:
         for process in processes:
             process.kill()
@@ -107,3 +104,8 @@ def print_rows(rows: list[Row]) -> None:
         sizes = (f"{value:.2f} {row.unit}" for value in (row.ours, row.other))
         table.add_row(row.work, row.against, row.layout, *sizes, f"{row.ratio:.2f} x", row.target)
     console().print(table)
+
+
+def write_json(file: Path, rows: list[Row], details: Found) -> None:
+    kept = [{**dataclasses.asdict(row), "ratio": row.ratio, "target": row.target} for row in rows]
+    file.write_text(json.dumps({"machine": describe_machine(), "rows": kept, "details": details}, indent=1))

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import GIB, ROOT, Found, Row, console, describe_machine, memory, print_rows, reset_peak, start_ranks
+from common import GIB, ROOT, Found, Row, console, memory, print_rows, reset_peak, run_ranks, write_json
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -222,9 +222,9 @@ def run_rank(work: str, folder: Path, arguments: Found) -> None:
 # What the command does.
 
 
-def run_arm(folder: Path, work: str, **arguments: Any) -> Found:
+def run_arm(work: Callable[..., Found], folder: Path, **arguments: Any) -> Found:
     """The figures of one arm: the slowest rank's times, and the largest peak."""
-    ranks = start_ranks(__file__, work, folder, RANKS, 1, arguments)
+    ranks = run_ranks(__file__, work, folder, RANKS, 1, **arguments)
     slowest = max(ranks, key=lambda found: sum(found["seconds"]))
     tokens = RANKS * 4 * 256 * TIMED
     return {**slowest, "peak": max(found["peak"] for found in ranks), "rate": tokens / sum(slowest["seconds"])}
@@ -237,11 +237,11 @@ def better(first: Found, second: Found) -> Found:
 
 
 def compare(dtype: str, folder: Path) -> tuple[list[Row], Found]:
-    start_ranks(__file__, "compute_bases", folder, RANKS, 1, {"dtype": dtype})
-    ours = functools.partial(run_arm, folder, "train_ours", dtype=dtype)
+    run_ranks(__file__, compute_bases, folder, RANKS, 1, dtype=dtype)
+    ours = functools.partial(run_arm, train_ours, folder, dtype=dtype)
     stock = {
         (method, threshold): functools.partial(
-            run_arm, folder, "train_stock", dtype=dtype, method=method, threshold=threshold
+            run_arm, train_stock, folder, dtype=dtype, method=method, threshold=threshold
         )
         for method, threshold in STOCK
     }
@@ -311,8 +311,7 @@ def main() -> None:
         print_arms(name, arms)
     print_rows(rows)
     if options.out:
-        record = {"machine": describe_machine(), "rows": [row.record() for row in rows], "details": details}
-        options.out.write_text(json.dumps(record, indent=1))
+        write_json(options.out, rows, details)
 
 
 if __name__ == "__main__":
