@@ -17,6 +17,7 @@ Rows: float32, bfloat16
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import sys
@@ -82,18 +83,14 @@ class Meter(TrainerCallback):
             reset_peak()
         if state.global_step >= SKIPPED:
             self._times.append(time.perf_counter())
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._times.append(time.perf_counter())
-        self.found = {
-            "seconds": [end - start for start, end in zip(self._times, self._times[1:], strict=False)],
-            "peak": memory("VmHWM"),
-            "calls": self._collectives.calls,
-            "bytes": self._collectives.bytes,
-            "loss": [entry["loss"] for entry in state.log_history if "loss" in entry],
-        }
+        if state.global_step == SKIPPED + TIMED:  # the last step, which is not timed: ours saves a checkpoint in it
+            self.found = {
+                "seconds": [end - start for start, end in itertools.pairwise(self._times)],
+                "peak": memory("VmHWM"),
+                "calls": self._collectives.calls,
+                "bytes": self._collectives.bytes,
+                "loss": [entry["loss"] for entry in state.log_history if "loss" in entry],
+            }
 
 
 def settings(folder: Path, dtype: str) -> Any:
@@ -107,7 +104,7 @@ def settings(folder: Path, dtype: str) -> Any:
         "data.global_batch": 4 * RANKS,
         "evaluate.questions": "null",
         "evaluate.retention": "null",
-        "train.max_steps": SKIPPED + TIMED,
+        "train.max_steps": SKIPPED + TIMED + 1,
         "train.save_steps": 1000,
         "deepspeed": DEEPSPEED,
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
@@ -132,6 +129,7 @@ def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds.evaluate import Evaluator
     from mica_ds.model import load_model, load_tokenizer
     from mica_ds.shards import PartitionSource
+    from mica_ds.shelf import remove_checkpoints
     from mica_ds.tracking import Tracker
     from mica_ds.trainer import accumulation_steps, build_trainer, training_arguments
 
@@ -144,6 +142,8 @@ def train_ours(folder: Path, dtype: str) -> Found:
     model = load_model(config.model)
     modules = target_modules(model, config.adapter)
     with Tracker(config) as tracker:
+        if comm.is_main():
+            remove_checkpoints(config.output_dir / "checkpoints", after=0)
         basis = build_basis(
             PartitionSource(modules), config.adapter, config.basis, args.seed, config.output_dir / "basis"
         )
