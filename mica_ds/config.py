@@ -29,8 +29,8 @@ class ModelSettings(Section):
     """Folder of a transformers checkpoint in safetensors."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype; the masters of what trains are fp32 in either case."""
-    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """transformers' attention; those other than sdpa need their package, and a GPU."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flash_attention_3"] = "auto"
+    """transformers' attention, by default its own choice for the model; flash attention needs its package and a GPU."""
     offload_activations: bool = False
     """Keep the activations that train.activation_checkpointing saves in the host's memory until they are needed."""
 

@@ -40,14 +40,17 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
         config = read_model_config(settings.path)
         sources = open_checkpoint(settings.path, weights)
     dtype = DTYPES[settings.dtype]
+    attention = None if settings.attention == "auto" else settings.attention
     # What `from_pretrained` enters: zero.Init, no weight initialisation, RoPE buffers in their own dtype.
     try:
         with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=settings.attention, trust_remote_code=False
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
             )
-    except ImportError as error:
-        raise UserError(f"model.attention={settings.attention}: {_first_line(error)}") from None
+    except (ImportError, ValueError) as error:
+        if attention is None:
+            raise
+        raise UserError(f"model.attention={attention}: {_first_line(error)}") from None
     model.tie_weights()
     parameters = dict(model.named_parameters())
     with comm.failing_together():

@@ -22,7 +22,7 @@ def parallelism(config: Config) -> ParallelismConfig | None:
     handler = DeepSpeedSequenceParallelConfig(
         sp_seq_length=config.data.sequence_length,
         sp_seq_length_is_variable=False,
-        sp_attn_implementation=config.model.attention,
+        sp_attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
     )
     return ParallelismConfig(sp_size=size, sp_backend="deepspeed", sp_handler=handler)
 
@@ -48,7 +48,7 @@ def check_parallelism(config: Config, model_config: Any) -> None:
     if not read_deepspeed(config)["zero_optimization"].get("reduce_scatter", True):
         # DeepSpeed (0.19.8) scales gradients by the size of the group there, and only there.
         raise UserError(f"{config.deepspeed}: data.sequence_parallel needs reduce_scatter, which is its default")
-    if config.data.pack and config.model.attention == "sdpa":
+    if config.data.pack and config.model.attention in ("auto", "sdpa"):
         # DeepSpeed (0.19.8) drops the mask, and sdpa does not look at the positions.
         raise UserError(
             "data.pack: with data.sequence_parallel, sdpa would let the documents of a sequence see one another; "

@@ -268,7 +268,8 @@ def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
         rank.send_signal(signal.SIGTERM)
     stopped = finish(ranks)
     assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
-    assert stopped.output.count("stopped by SIGTERM; start again to go on") == 1
+    assert "stopped by SIGTERM; start again to go on" in stopped.output  # of both, if one was told of the other's first
+    assert "Traceback" not in stopped.output
     assert stopped.seconds < 10
 
 
