@@ -6,6 +6,7 @@ one round trip for the vectors through W. The Gram pays where a matrix is long a
 an owner has no room for W.
 """
 
+import ctypes
 import functools
 import math
 import socket
@@ -133,6 +134,8 @@ def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[
     ranks = comm.world_size()
     for first in range(0, len(shards), ranks):
         yield from _sum_round(shards, owners, range(first, min(first + ranks, len(shards))), r)
+        # glibc keeps what was freed, up to a Gram and more (measured), while the next round or a shipped W needs room.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _sum_round(
