@@ -49,6 +49,17 @@ class Basis:
         is_principal = self.manifest["subspace"] == "principal"
         return (B_MR[:, : self.r] if is_principal else B_MR[:, -self.r :]).contiguous()
 
+    def costs(self) -> dict[str, float]:
+        """Seconds, and which rank took the longest for its share of the matrices (when they were solved). Local."""
+        owners = {record["owner"] for record in self.manifest["matrices"]}
+        shares = {o: sum(r["seconds"] for r in self.manifest["matrices"] if r["owner"] == o) for o in owners}
+        slowest = max(shares, key=shares.__getitem__)
+        return {
+            "basis_seconds": self.seconds,
+            "basis_slowest_rank": slowest,
+            "basis_slowest_rank_seconds": shares[slowest],
+        }
+
 
 def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSettings, seed: int, folder: Path) -> Basis:
     """Solve each matrix once across the ranks, from their slices, or take it from the cache. Collective.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -166,6 +166,19 @@ def read_history(checkpoint: Path) -> list[dict[str, float]]:
 def tensor_files(checkpoint: Path) -> list[Path]:
     """The files that hold a checkpoint's trained parameters, by their names in the model. Local."""
     return _files_of(checkpoint, MASTER)
+
+
+def adapter_norms(checkpoint: Path) -> dict[str, float]:
+    """The Frobenius norms of an adapter's A, over all layers, by target: `norm_A/q_proj`. Local."""
+    squares: dict[str, float] = {}
+    for file in tensor_files(checkpoint):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.offset_keys():
+                module, is_factor, _ = name.rpartition(".lora_A")
+                if is_factor:
+                    key = f"norm_A/{module.rpartition('.')[2]}"
+                    squares[key] = squares.get(key, 0.0) + float(tensors.get_tensor(name).square().sum())
+    return {key: value**0.5 for key, value in squares.items()}
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
@@ -79,6 +80,8 @@ class EvaluateSettings(Section):
     """Multiple choice as jsonl: `question`, `options`, `answer` (an index)."""
     retention: Path | None = None
     """Held-out general text (.txt, .md or .jsonl) whose perplexity shows forgetting."""
+    every: NonNegativeInt = 0
+    """Steps between evaluations during training; 0 for none besides those before and after."""
     batch_tokens: PositiveInt = 4096
     """Tokens that one rank evaluates at a time; their logits (× vocabulary × 4 bytes) must fit."""
 
@@ -131,7 +134,7 @@ DERIVED_ARGUMENTS = {
 # Those that would be accepted and then do nothing here, fail late, or change which samples a step sees.
 _FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
 UNSUPPORTED_ARGUMENTS = {
-    "eval_strategy": "evaluation runs before and after training",
+    "eval_strategy": "set evaluate.every instead",
     "load_best_model_at_end": "the best checkpoint is kept; set resume to its folder",
     "resume_from_checkpoint": "set resume instead",
     "save_total_limit": "set checkpoint.keep instead",

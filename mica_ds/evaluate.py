@@ -1,5 +1,6 @@
 """Knowledge (multiple choice by likelihood) and retention (perplexity of held-out text), sharded over the ranks."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ class Scores:
     """Share of the questions whose right option is the likeliest."""
     retention: float | None
     """Perplexity of the held-out general text, per token."""
+
+    def found(self) -> dict[str, float]:
+        """Those that the config asks for. Local."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

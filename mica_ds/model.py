@@ -22,7 +22,7 @@ from transformers.utils.generic import ContextManagers
 from mica_ds import comm
 from mica_ds.config import ModelSettings
 from mica_ds.errors import UserError
-from mica_ds.shards import fill_partition, full_shape
+from mica_ds.shards import fill_partition, full_shape, full_size
 from mica_ds.weights import StoredTensor, open_checkpoint, stored_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,4 +115,4 @@ def _first_line(error: Exception) -> str:
 
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters, partitioned or not. Local."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return sum(full_size(p) for p in model.parameters() if p.requires_grad)

@@ -24,9 +24,10 @@ from mica_ds.data import build_dataset
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
+from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.parallelism import check_parallelism
-from mica_ds.report import SUMMARY, peak_rss, print_summary, rss, write_summary
+from mica_ds.report import SUMMARY, print_summary, write_summary
 from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
 from mica_ds.shelf import find_checkpoint, read_state, remove_checkpoints
@@ -57,6 +58,8 @@ def train(config: Config) -> None:
         if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
             save_config(config, folder / "config.yaml")
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
+        if basis:
+            tracker.metrics(basis.costs())
         origin |= weights_of(basis)
         model = attach(config, model, modules, basis, checkpoint, origin)
         trainable = count_parameters(model)
@@ -80,6 +83,7 @@ def train(config: Config) -> None:
             engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one
         after = evaluator.score(engine)
+        tracker.metrics(after.found(), steps)
         _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
         summary = {
             "knowledge_after": after.knowledge,
@@ -92,7 +96,7 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                summary |= _trained(config, checkpoint)
+                summary |= _trained(checkpoint)
                 exported = export_checkpoint(config, checkpoint)
                 comm.say(f"export: {exported}")
                 _record(config, summary, read_history(checkpoint), basis, exported, tracker)
@@ -201,13 +205,12 @@ def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
 
 
-def _trained(config: Config, checkpoint: Path) -> dict[str, Any]:
+def _trained(checkpoint: Path) -> dict[str, Any]:
     """The figures of the training itself, over all starts of the run. Local."""
     state, history = read_state(checkpoint), read_history(checkpoint)
-    tokens = state["step"] * config.data.global_batch * config.data.sequence_length
     return {
         **state["run"],
-        "tokens_per_second": tokens / state["run"]["train_seconds"],
+        "tokens_per_second": state["run"]["tokens"] / state["run"]["train_seconds"],
         "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
         "steps": state["step"],
     }

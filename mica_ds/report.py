@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,6 @@ from mica_ds.config import Config
 from mica_ds.tracking import pages_command
 
 SUMMARY = "summary.json"
-
-
-def peak_rss() -> int:
-    """The most memory this process has had resident so far, in bytes. Local."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def rss() -> int:
-    """The memory that this process has resident now, in bytes. Local."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:

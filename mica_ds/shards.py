@@ -185,6 +185,11 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(parameter.ds_shape)
 
 
+def full_size(parameter: Any) -> int:
+    """The elements of the whole of a parameter, partitioned or not. Local."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def _bounds(parameter: Any) -> list[int]:
     size = parameter.ds_tensor.ds_numel
     ranks = parameter.ds_zero_partition_world_size

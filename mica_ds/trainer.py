@@ -20,11 +20,12 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm, signals
-from mica_ds.checkpoint import restore_optimizer, restore_random_state, save_checkpoint
-from mica_ds.config import CheckpointSettings, Config, read_deepspeed, recomputes_activations
+from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
+from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.errors import UserError
-from mica_ds.evaluate import Evaluator
+from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.loss import tile_loss
+from mica_ds.meter import Meter
 from mica_ds.parallelism import parallelism, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
@@ -99,10 +100,16 @@ class RunCallback(TrainerCallback):
     """Evaluates before the first step, logs to the tracker, times and counts the steps, and heeds signals."""
 
     def __init__(
-        self, trainer: Trainer, evaluator: Evaluator, tracker: Tracker, max_skipped: int, facts: dict[str, Any]
+        self,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        meter: Meter,
+        config: Config,
+        facts: dict[str, Any],
     ) -> None:
-        self._trainer, self._evaluator, self._tracker = trainer, evaluator, tracker
-        self._max_skipped = max_skipped
+        self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
+        self._max_skipped, self._every = config.checkpoint.max_skipped, config.evaluate.every
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
         self._random_state_of: Path | None = None
@@ -112,20 +119,26 @@ class RunCallback(TrainerCallback):
     def resume(self, checkpoint: Path) -> None:
         """Go on with what an earlier start has found. Local, before training."""
         self._facts = read_state(checkpoint)["run"]
+        self._meter.tokens = self._facts["tokens"]
         self._random_state_of = checkpoint
 
     def facts(self) -> dict[str, Any]:
         """What the run has found over all its starts: the base model's scores, seconds, skipped steps. Local."""
         seconds = self._facts["train_seconds"] + time.perf_counter() - self._started
-        return {**self._facts, "train_seconds": seconds}
+        return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if "knowledge_before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
-            before = self._evaluator.score(self._trainer.model_wrapped)
+            before = self._score(step=0)
             self._facts |= {"knowledge_before": before.knowledge, "retention_before": before.retention}
         signals.defer(True)
         self._started = time.perf_counter()
+
+    def _score(self, step: int) -> Scores:
+        scores = self._evaluator.score(self._trainer.model_wrapped)
+        self._tracker.metrics(scores.found(), step)
+        return scores
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
@@ -140,6 +153,7 @@ class RunCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restore_random_state()
         comm.at(f"step {state.global_step + 1}")
+        self._meter.begin_step()
 
     def _restore_random_state(self) -> None:
         if self._random_state_of:
@@ -147,11 +161,16 @@ class RunCallback(TrainerCallback):
             self._random_state_of = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._meter.end_step()
         self._count_skipped(state.global_step)
         self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
+        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            started = time.perf_counter()
+            self._score(state.global_step)
+            self._started += time.perf_counter() - started  # it is not training
 
     def _count_skipped(self, step: int) -> None:
         # DeepSpeed (0.19.8) leaves out the update where the norm of all ranks' gradients is not finite, in any dtype.
@@ -183,7 +202,9 @@ class RunCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        self._tracker.metrics(logs or {}, step=state.global_step)
+        if logs and "loss" in logs:  # transformers' closing entry has none, and figures of this start alone
+            perplexity = math.exp(min(logs["loss"], 700))
+            self._tracker.metrics({**logs, "perplexity": perplexity, **self._meter.read()}, step=state.global_step)
 
 
 class MicaTrainer(Trainer):
@@ -197,28 +218,30 @@ class MicaTrainer(Trainer):
         *args: Any,
         evaluator: Evaluator,
         tracker: Tracker,
-        settings: CheckpointSettings,
+        config: Config,
         origin: dict[str, Any],
         frozen: dict[str, torch.Tensor],
         facts: dict[str, Any],
-        offload_activations: bool,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._offloads_activations = offload_activations
-        self._keep, self._origin, self._frozen = settings.keep, origin, frozen
+        self._offloads_activations = config.model.offload_activations
+        self._keep, self._origin, self._frozen, self._tracker = config.checkpoint.keep, origin, frozen, tracker
         if self.args.parallelism_config:
             self.loss_is_scaled_for_ga = True  # see `compute_loss`
         self.saved: Path | None = None
         """The last checkpoint."""
         self._saved_step = 0
-        self.run = RunCallback(self, evaluator, tracker, settings.max_skipped, facts)
+        self._meter = Meter(cast(nn.Module, self.model), config.data.sequence_length)
+        self.run = RunCallback(self, evaluator, tracker, self._meter, config, facts)
         self.add_callback(self.run)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with self._meter.waiting_for_data():
+            samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.parallelism_config:  # then transformers does not count, and weighs each micro-batch alike (5.23)
             items = comm.sum_(sum(sample["shift_labels"].ne(-100).sum().cpu() for sample in samples)).to(device)
+        self._meter.expect(int(items or 0))  # none where an epoch has ended
         return samples, items
 
     def compute_loss(
@@ -250,8 +273,13 @@ class MicaTrainer(Trainer):
             "run": self.run.facts(),
         }
         folder = Path(str(self.args.output_dir))
+        started = time.perf_counter()
         self.saved = save_checkpoint(folder, self.model_wrapped, self._frozen, self.state, about, self._keep)
         self._saved_step = self.state.global_step
+        if comm.is_main():
+            size = sum(file.stat().st_size for file in self.saved.iterdir())
+            costs = {"checkpoint_seconds": time.perf_counter() - started, "checkpoint_bytes": size}
+            self._tracker.metrics({**costs, **adapter_norms(self.saved)}, self._saved_step)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Without the checkpoint's name: DeepSpeed would look for its own files in it, and raise.
@@ -307,11 +335,10 @@ def build_trainer(
         data_collator=default_data_collator,
         evaluator=evaluator,
         tracker=tracker,
-        settings=config.checkpoint,
+        config=config,
         origin=origin,
         frozen=frozen,
         facts=facts,
-        offload_activations=config.model.offload_activations,
     )
 
 

@@ -1,7 +1,12 @@
 """The main job itself, with fewer steps: launch/train.sh on the demonstration's config and the real model."""
 
 import json
+import math
+import os
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ import mlflow
 import pytest
 from safetensors.torch import load_file
 
-from ..conftest import ROOT, Finished, start
+from ..conftest import ROOT, Finished, finish, launch_ranks, start
 from .test_basis import assert_bases_match, manifest
 
 pytestmark = pytest.mark.dist
@@ -105,6 +110,25 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     assert "adapter/adapter_model.safetensors" in adapter
 
 
+def test_every_step_is_measured_over_all_ranks(run: Path, summary: dict[str, Any]) -> None:
+    host = socket.gethostname()
+    for key in ("step_seconds", "tokens_per_second", "tflops_per_rank", f"system/{host}/cpu_utilization_percentage"):
+        values = _metric(run, key)[:STEPS]
+        assert len(values) == STEPS
+        assert min(values) > 0
+    assert max(_metric(run, "host_peak_bytes")) <= max(summary["peak_rss_bytes"])
+    assert set(_metric(run, "host_peak_rank")) <= {0, 1}
+    assert _metric(run, "tokens")[STEPS - 1] <= STEPS * 8 * 128
+    assert _metric(run, "perplexity") == pytest.approx([math.exp(loss) for loss in _metric(run, "loss")])
+    assert _metric(run, "knowledge") == [summary["knowledge_before"], summary["knowledge_after"]]
+    checkpoint = run / "checkpoints" / f"step-{STEPS:06d}"
+    assert _metric(run, "checkpoint_bytes")[-1] == sum(file.stat().st_size for file in checkpoint.iterdir())
+    trained = load_file(checkpoint / "model-00001.safetensors")
+    norm = sum(float(tensor.square().sum()) for name, tensor in trained.items() if "q_proj" in name) ** 0.5
+    assert _metric(run, "norm_A/q_proj")[-1] == pytest.approx(norm)
+    assert _metric(run, "basis_slowest_rank")[0] in (0, 1)
+
+
 def test_progress_is_shown_by_rank_0_alone(job: Finished, run: Path) -> None:
     for line in (
         "bases: 210 matrices, r = 16, 210 solved",
@@ -121,6 +145,24 @@ def test_a_second_run_reuses_the_cache_and_says_so(run: Path, overrides: list[st
     again = start([*command, str(ROOT / "configs/demonstration.yaml"), *overrides])
     assert again.codes == [0], again.output
     assert "bases: 210 matrices, r = 16, all from the cache" in again.output
+
+
+def test_a_signal_ends_it_within_a_minute_with_a_checkpoint(run: Path, overrides: list[str]) -> None:
+    """The last test here: it goes on in the same run folder."""
+    log = run.parent / "signalled.log"
+    more = [f"train.max_steps={10 * STEPS}", *overrides[1:]]
+    with log.open("w") as output:
+        ranks = launch_ranks(2, ["train", str(ROOT / "configs/demonstration.yaml"), *more], output=output)
+    while "{'loss'" not in log.read_text() and all(rank.poll() is None for rank in ranks):
+        time.sleep(0.1)
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    stopped = finish(ranks)
+    assert stopped.codes == [os.EX_TEMPFAIL] * 2, log.read_text()
+    assert stopped.seconds < 60
+    newest = max((run / "checkpoints").iterdir())
+    assert int(newest.name.removeprefix("step-")) > STEPS
+    assert f"{newest} holds all" in log.read_text()
 
 
 def _mlflow(run: Path) -> tuple[mlflow.MlflowClient, mlflow.entities.Run]:

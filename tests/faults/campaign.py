@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,8 @@ class Outcome:
     seconds: float
     """From the signal to the end of all ranks."""
     codes: list[int]
+    survivor_in: str
+    """What the other rank was in when it heard: computing, or a collective of gathering, reducing or saving."""
     left: list[str]
     """Unfinished files and folders that the signal left."""
     resumed_from: list[int]
@@ -126,7 +129,8 @@ class Campaign:
             differences = self._compare(run, faults)
         except RuntimeError as error:
             faults.append(str(error))
-        return Outcome(moment, seconds, codes, left, resumed_from, *differences, faults)
+        heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
+        return Outcome(moment, seconds, codes, heard[1] if heard else "", left, resumed_from, *differences, faults)
 
     def _start(self, run: Path) -> tuple[list[subprocess.Popen[str]], Path]:
         log = run.with_suffix(".log")
@@ -195,14 +199,15 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
     if moment.signal in (Signals.SIGTERM, Signals.SIGUSR1):
         if codes != [75] * RANKS:
             faults.append(f"exit codes {codes}")
-    elif f"error: rank {moment.ranks[0]} (host" not in output:
-        faults.append("the lost rank was not named")
+    elif not output.strip().splitlines()[-1].startswith(f"error: rank {moment.ranks[0]} (host"):
+        faults.append("the lost rank was not named at last")
     return faults
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
     """Print the table of moments."""
-    table = Table("", "phase", "s after", "signal", "rank", "ended in s", "codes", "left behind", "resumed from step")
+    columns = ["", "phase", "s after", "signal", "rank", "ended in s", "codes", "the other was in", "left behind"]
+    table = Table(*columns, "resumed from step")
     table.add_column("Δ loss")
     table.add_column("Δ adapter")
     table.add_column("outcome", overflow="fold")
@@ -216,6 +221,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
             " ".join(map(str, moment.ranks)),
             f"{outcome.seconds:.1f}",
             " ".join(map(str, outcome.codes)),
+            outcome.survivor_in,
             " ".join(outcome.left),
             ", ".join(map(str, outcome.resumed_from)),
             f"{outcome.loss_difference:.1g}",

@@ -1,0 +1,35 @@
+"""What a run was made by: versions, commit, job and machines."""
+
+import importlib.metadata
+import os
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+_SHOWN = ("mica_ds", "torch", "deepspeed", "transformers", "peft", "accelerate", "datasets", "mlflow")
+_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
+
+
+def environment() -> str:
+    """All installed distributions, a line each, as `pip freeze` writes them. Local."""
+    found = {f"{d.name}=={d.version}" for d in importlib.metadata.distributions()}
+    return "\n".join(sorted(found, key=str.lower)) + "\n"
+
+
+def attempt() -> dict[str, str]:
+    """What may differ between the starts of one run: versions, commit, job. Local."""
+    facts = {f"version.{name}": importlib.metadata.version(name) for name in _SHOWN}
+    facts |= {key.lower().replace("_", ".", 1): os.environ[key] for key in _JOB if key in os.environ}
+    return facts | _commit()
+
+
+def _commit() -> dict[str, str]:
+    """The commit of the folder that this package lies in, and whether files differ from it; nothing without git."""
+
+    def git(*command: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+    with suppress(OSError, subprocess.CalledProcessError):
+        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
+    return {}

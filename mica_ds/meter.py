@@ -1,0 +1,137 @@
+"""What a run costs while it trains: time, tokens, work and memory, over all ranks and nodes."""
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from mica_ds import comm
+from mica_ds.shards import full_size
+
+# Dense bf16 operations a second, from NVIDIA's data sheets; a PCIe card reaches less.
+_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+_MEGABYTE = 1_000_000  # as in MLflow's own system metrics
+
+
+def peak_rss() -> int:
+    """The most memory this process has had resident so far, in bytes. Local."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def rss() -> int:
+    """The memory that this process has resident now, in bytes. Local."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def flops_per_token(model: Any, sequence_length: int) -> float:
+    """Operations that a model's training needs for a token, recomputed activations not counted. Local.
+
+    2 a weight forwards, 2 backwards, and 2 more for each weight that trains; attention has 12 a layer for each pair of
+    hidden unit and token seen: Chowdhery et al., arXiv:2204.02311, appendix B.
+    """
+    sizes = {name: full_size(p) for name, p in model.named_parameters()}
+    trained = sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up = 0 if head is None or head.weight is embedding.weight else full_size(embedding.weight)
+    text = model.config.get_text_config()
+    attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
+    return 4 * (sum(sizes.values()) - looked_up) + 2 * trained + attention
+
+
+class Meter:
+    """Adds up what happens between two readings, on each rank."""
+
+    def __init__(self, model: nn.Module, sequence_length: int) -> None:
+        """Local."""
+        self._flops_per_token = flops_per_token(model, sequence_length)
+        self.tokens = 0
+        """Predicted so far, over all ranks and starts of the run."""
+        self._expected = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps, self._new_tokens = 0, 0
+        self._seconds = {"step": 0.0, "data": 0.0}
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time what the body waits for its next samples. Local."""
+        started = time.perf_counter()
+        yield
+        self._seconds["data"] += time.perf_counter() - started
+
+    def expect(self, tokens: int) -> None:
+        """The samples of the next step, over all ranks, have so many tokens to be predicted. Local."""
+        self._expected = tokens
+
+    def begin_step(self) -> None:
+        """A step begins, and has its samples. Local."""
+        self._started = time.perf_counter()
+
+    def end_step(self) -> None:
+        """A step is done. Local."""
+        self._seconds["step"] += time.perf_counter() - self._started
+        self._steps += 1
+        self._new_tokens += self._expected
+        self.tokens += self._expected
+
+    def read(self) -> dict[str, float]:
+        """Metrics of the steps since the last reading; then begin anew. Collective; some hundred bytes a rank."""
+        ranks = comm.gather({**self._seconds, "host": peak_rss(), "device": _device_memory(), "node": _node()})
+        slowest, waits = (max(rank[key] for rank in ranks) for key in ("step", "data"))
+        steps, tokens = max(self._steps, 1), self._new_tokens
+        self._clear()
+        flops = self._flops_per_token * tokens / max(slowest + waits, 1e-9) / len(ranks)
+        values = {
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / max(slowest + waits, 1e-9),
+            "step_seconds": (slowest + waits) / steps,
+            "data_wait_seconds": waits / steps,
+            "tflops_per_rank": flops / 1e12,
+        }
+        if peak := _peak_flops():
+            values["mfu"] = flops / peak
+        for key in ("host", "device"):
+            most = [rank[key] for rank in ranks]
+            if max(most):
+                values |= {f"{key}_peak_bytes": max(most), f"{key}_peak_rank": most.index(max(most))}
+        return values | {key: value for rank in ranks for key, value in rank["node"].items()}
+
+
+def _peak_flops() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for card, peak in _PEAKS.items() if card in name), None)
+
+
+def _device_memory() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _node() -> dict[str, float]:
+    """The machine's load, by the first rank on it, under the names of MLflow's system metrics."""
+    if os.environ["LOCAL_RANK"] != "0":
+        return {}
+    memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / _MEGABYTE,
+        "system_memory_usage_percentage": memory.percent,
+        "network_receive_megabytes": network.bytes_recv / _MEGABYTE,
+        "network_transmit_megabytes": network.bytes_sent / _MEGABYTE,
+    }
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / _MEGABYTE
+        values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
+    return {f"system/{socket.gethostname()}/{key}": value for key, value in values.items()}
