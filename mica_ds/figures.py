@@ -134,14 +134,15 @@ def _kind(name: str) -> str:
 
 def _to_svg(figure: Figure, label: str) -> str:
     """An `svg` element for an HTML page, without what only a file needs; `label` is read to those who do not see it."""
-    settings = {
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": label,  # the ids of two figures on one page differ
-        "font.sans-serif": ["DejaVu Sans"],
-        "path.simplify_threshold": 1.0,  # 100 000 steps draw a curve of 35 kB
-    }
     written = io.StringIO()
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": label,  # the ids of two figures on one page differ
+            "font.sans-serif": ["DejaVu Sans"],
+            "path.simplify_threshold": 1.0,  # a curve of 100,000 steps takes 35 kB
+        }
+    ):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(written, format="svg", transparent=True, metadata=nothing)
     text = written.getvalue()
@@ -150,5 +151,7 @@ def _to_svg(figure: Figure, label: str) -> str:
     for drawn, shown in _PAGE_COLOURS.items():
         drawing = drawing.replace(drawn, shown)
     width, height = (72 * inches for inches in figure.get_size_inches())
-    opening = f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" fill="currentColor">'
+    opening = (
+        f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" fill="currentColor">'
+    )
     return opening + drawing
