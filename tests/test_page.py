@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 Views: TypeAlias = dict[tuple[str, int, str], dict[str, Any]]
 Inputs: TypeAlias = tuple[Config, dict[str, Any], list[dict[str, float]], dict[str, Any]]
 
-WIDTHS = (390, 1400)
+WIDTHS = (390, 768, 1400)
 HOSTILE = "<script>alert(1)</script>.txt"
 
 # Opens each page in a frame of each width (a window of chromium is 500 wide at least), and writes down what it sees.
@@ -46,6 +46,8 @@ const look = (name, width, page) => {
   return {
     name, width,
     scrollWidth: page.documentElement.scrollWidth,
+    spilling: all("body :not(svg, svg *)").filter(e => e.scrollWidth > e.clientWidth && e.clientWidth > 0)
+      .map(e => e.outerHTML.slice(0, 80)),
     background: getComputedStyle(page.documentElement).backgroundColor,
     text: page.body.innerText,
     title: page.title,
@@ -124,7 +126,7 @@ def _look(browser: str, pages: dict[str, Path], scheme: str, folder: Path) -> li
     ]
     (folder / "look.html").write_text(LOOK.replace("FRAMES", "".join(frames)))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    options += ["--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}"]
+    options += ["--hide-scrollbars", "--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}"]
     options += [f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"]
     command = [browser, *options, "--dump-dom", (folder / "look.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -139,6 +141,7 @@ def test_it_fits_a_phone_and_a_wide_window_in_light_and_dark(seen: Views) -> Non
     }
     for (method, width, scheme), view in seen.items():
         assert view["scrollWidth"] <= width, (method, width, scheme)
+        assert view["spilling"] == []
         assert len(view["figures"]) == (9 if method == "mica" else 1)  # a loss; a score and seven kinds of weights
         for left, right, height in view["figures"]:
             assert 0 <= left < right <= width
