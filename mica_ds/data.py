@@ -61,7 +61,7 @@ def read_documents(sources: list[Path], key: str) -> list[str]:
     for source in sources:
         if not source.exists():
             raise UserError(f"{key}: {source} does not exist")
-        files = sorted(f for f in source.rglob("*") if f.suffix in _ENDINGS) if source.is_dir() else [source]
+        files = source_files(source)
         if not files:
             raise UserError(f"{key}: {source} holds no file that ends in {', '.join(_ENDINGS)}")
         for file in files:
@@ -70,6 +70,11 @@ def read_documents(sources: list[Path], key: str) -> list[str]:
     if not documents:
         raise UserError(f"{key}: {', '.join(map(str, sources))} holds no text")
     return documents
+
+
+def source_files(source: Path) -> list[Path]:
+    """The files that a source means: itself, or of a folder those that can be read, sorted. Local."""
+    return sorted(f for f in source.rglob("*") if f.suffix in _ENDINGS) if source.is_dir() else [source]
 
 
 def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:

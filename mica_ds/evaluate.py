@@ -55,6 +55,18 @@ class Evaluator:
             self._questions = _read_questions(settings, tokenizer)
             self._held_out = _read_held_out(settings, tokenizer, sequence_length)
 
+    @property
+    def questions(self) -> int:
+        """How many questions an accuracy is over."""
+        return len(self._questions)
+
+    @property
+    def chance(self) -> float | None:
+        """The accuracy that guessing would reach; None without questions."""
+        if not self._questions:
+            return None
+        return sum(1 / len(question["options"]) for question in self._questions) / len(self._questions)
+
     def score(self, model: nn.Module) -> Scores:
         """Score a model whose forward is ready (a DeepSpeed engine). Collective; leaves the model in its mode."""
         options = [option for question in self._questions for option in question["options"]]

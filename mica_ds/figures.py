@@ -1,26 +1,39 @@
-"""Plots of a run, as PNG files."""
+"""Plots of a run: PNG files for MLflow, and the same as SVG that takes its colours from the page around it."""
 
+import html
+import io
+import re
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+# The colours drawn, and those that a page sets. Text has none of its own: the SVG's root gives it the page's.
+_PAGE_COLOURS = {
+    "#000000": "currentColor",
+    "#b0b0b0": "var(--line)",
+    "#7f7f7f": "var(--muted)",
+    "#1f77b4": "var(--first)",
+    "#ff7f0e": "var(--second)",
+    "#2ca02c": "var(--third)",
+}
+_PANEL = (5.0, 3.0)  # inches: 360 units wide, so that text of 10 is as large on a phone
 
 
 def plot_loss(steps: list[int], losses: list[float], file: Path) -> None:
     """Training loss (nats per token) over optimizer steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
-    axes.grid(alpha=0.3)
+    _draw_loss(axes, steps, losses)
+    axes.set_title("Training loss")
     figure.savefig(file, dpi=150)
 
 
 def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
     """For each kind of target over depth: σ_max, the minor band from σ_{K-R+1} to σ_K, and below it the gap at R."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for record in manifest["matrices"]:
-        kinds.setdefault(_kind(record["name"]), []).append(record)
+    kinds = _by_kind(manifest)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
     figure = Figure(figsize=(3.4 * columns + 0.6, 4.0 * rows), layout="constrained")
@@ -32,18 +45,8 @@ def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
             below.set_visible(False)
             continue
         kind, records = list(kinds.items())[place]
-        depth = range(len(records))
-        band = [record["sigma_minor"] for record in records]
-        above.semilogy(depth, [record["sigma_max"] for record in records], color="tab:blue", label="σ max")
-        above.fill_between(depth, [b[-1] for b in band], [b[0] for b in band], color="tab:orange", alpha=0.5)
-        above.semilogy(depth, [b[0] for b in band], color="tab:orange", label=f"minor band, r = {manifest['r']}")
-        above.set_title(f"{kind} ({records[0]['shape'][0]} × {records[0]['shape'][1]})", fontsize=9)
-        above.tick_params(labelbottom=False)
-        gaps = [record["relative_gap"] if record["relative_gap"] is not None else float("nan") for record in records]
-        below.plot(depth, [100 * gap for gap in gaps], color="tab:green", marker=".", markersize=3)
-        below.set_ylim(bottom=0)
-        for axes in (above, below):
-            axes.grid(alpha=0.3)
+        _draw_spectrum(above, below, records)
+        above.set_title(kind, fontsize=9)
         if place % columns == 0:
             above.set_ylabel("singular value", fontsize=9)
             below.set_ylabel("gap at r, %", fontsize=9)
@@ -52,7 +55,103 @@ def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def loss_panel(steps: list[int], losses: list[float]) -> str:
+    """The training loss as SVG for a page."""
+    figure = Figure(figsize=_PANEL, layout="constrained")
+    _draw_loss(figure.subplots(), steps, losses)
+    return _to_svg(figure, "Line chart: training loss over steps")
+
+
+def accuracy_panel(shares: dict[str, float], intervals: dict[str, tuple[float, float]], chance: float) -> str:
+    """Accuracies by their names as bars with their intervals, and a line where guessing is; SVG for a page."""
+    figure = Figure(figsize=(_PANEL[0], 0.9 + 0.4 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    names = list(reversed(shares))  # the first one stands at the top
+    places = range(len(names))
+    colours = ["tab:blue" if place == 0 else "tab:gray" for place in places]
+    axes.barh(places, [100 * shares[name] for name in names], color=colours, height=0.6, alpha=0.7)
+    ends = [intervals[name] for name in names]
+    axes.hlines(places, [100 * low for low, _ in ends], [100 * high for _, high in ends], color="black", linewidth=1.2)
+    axes.vlines(100 * chance, -0.5, len(names) - 0.55, color="tab:orange", linestyle="--", linewidth=1.2)
+    axes.text(100 * chance, len(names) - 0.5, "guessing", color="tab:orange", ha="center", va="bottom")
+    axes.set(xlim=(0, 100), ylim=(-0.5, len(names)), xlabel="questions answered right, %")
+    axes.set_yticks(places, names)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False)
+    told = "; ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    return _to_svg(figure, f"Bar chart: questions answered right, with 95 % intervals: {told}; guessing {chance:.1%}")
+
+
+def spectrum_panels(manifest: dict[str, Any]) -> dict[str, str]:
+    """The plots of `plot_spectrum`, each kind of target as an SVG of its own for a page, by the kind with its shape."""
+    panels = {}
+    for kind, records in _by_kind(manifest).items():
+        figure = Figure(figsize=(_PANEL[0], 3.6), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=[3, 1])
+        _draw_spectrum(above, below, records)
+        above.set_ylabel("singular value")
+        below.set(xlabel="layer", ylabel="gap, %")
+        figure.align_ylabels()
+        panels[kind] = _to_svg(figure, f"Line chart: largest and minor singular values of {kind} over the layers")
+    return panels
+
+
+def _draw_loss(axes: Axes, steps: list[int], losses: list[float]) -> None:
+    axes.plot(steps, losses, color="tab:blue", marker="." if len(steps) == 1 else None)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.3)
+
+
+def _draw_spectrum(above: Axes, below: Axes, records: list[dict[str, Any]]) -> None:
+    depth = range(len(records))
+    band = [record["sigma_minor"] for record in records]
+    above.semilogy(depth, [record["sigma_max"] for record in records], color="tab:blue", label="σ max")
+    above.fill_between(depth, [b[-1] for b in band], [b[0] for b in band], color="tab:orange", alpha=0.5)
+    above.semilogy(depth, [b[0] for b in band], color="tab:orange", label=f"minor band, r = {records[0]['r']}")
+    above.tick_params(labelbottom=False)
+    gaps = [record["relative_gap"] if record["relative_gap"] is not None else float("nan") for record in records]
+    below.plot(depth, [100 * gap for gap in gaps], color="tab:green", marker=".", markersize=3)
+    below.set_ylim(bottom=0)
+    for axes in (above, below):
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(alpha=0.3)
+
+
+def _by_kind(manifest: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each kind of target, by its name and shape."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for record in manifest["matrices"]:
+        kinds.setdefault(_kind(record["name"]), []).append(record)
+    return {f"{kind} ({found[0]['shape'][0]} × {found[0]['shape'][1]})": found for kind, found in kinds.items()}
+
+
 def _kind(name: str) -> str:
     """`model.layers.15.self_attn.q_proj` as `q_proj`; of stacked experts `experts.down_proj`, one record an expert."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return ".".join(parts[-2:]) if name[-1].isdigit() else parts[-1]
+
+
+def _to_svg(figure: Figure, label: str) -> str:
+    """An `svg` element for an HTML page, without what only a file needs; `label` is read to those who do not see it."""
+    written = io.StringIO()
+    with matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",  # text stays text
+            "svg.hashsalt": label,  # the ids of two figures on one page differ
+            "font.sans-serif": ["DejaVu Sans"],
+            "path.simplify_threshold": 1.0,  # a curve of 100,000 steps takes 35 kB
+        }
+    ):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=nothing)
+    text = written.getvalue()
+    drawing = text[text.index(">", text.index("<svg")) + 1 :]
+    drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)  # numbered alike in every figure (matplotlib 3.11)
+    for drawn, shown in _PAGE_COLOURS.items():
+        drawing = drawing.replace(drawn, shown)
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    opening = (
+        f'<svg role="img" aria-label="{html.escape(label)}" viewBox="0 0 {width:g} {height:g}" fill="currentColor">'
+    )
+    return opening + drawing

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
 from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
@@ -88,11 +90,14 @@ def train(config: Config) -> None:
         summary = {
             "knowledge_after": after.knowledge,
             "retention_after": after.retention,
+            "questions": evaluator.questions,
+            "chance": evaluator.chance,
             "trainable_parameters": trainable,
             "lora_trainable_parameters": lora_parameters(modules, config.adapter.r),
             "peak_rss_bytes": comm.gather(peak_rss()),
             "loading_rss_bytes": comm.gather(loading_rss),
             "world_size": args.world_size,
+            "hosts": len(set(comm.gather(socket.gethostname()))),
         }
         with comm.failing_together():
             if comm.is_main():
@@ -224,7 +229,7 @@ def _record(
     exported: Path,
     tracker: Tracker,
 ) -> None:
-    """Write the plots and at last the summary, and log them with the rest of the run. Local, on rank 0."""
+    """Write the plots, the report and at last the summary, and log them with the rest of the run. Local, on rank 0."""
     folder = config.output_dir
     for file in (folder / "config.yaml", config.deepspeed):
         tracker.artifact(file)
@@ -244,4 +249,5 @@ def _record(
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
     tracker.metrics({**numbers, **ranks}, step=summary["steps"])
+    tracker.artifact(write_page(config, summary, history, basis.manifest if basis else None))
     tracker.artifact(write_summary(summary, folder))
