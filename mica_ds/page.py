@@ -71,10 +71,9 @@ def write_page(
         summary=summary,
         method=_METHODS[config.adapter.method],
         model_parameters=sum(math.prod(tensor.shape) for tensor in open_checkpoint(config.model.path).values()),
-        tokens=summary["steps"] * config.data.global_batch * config.data.sequence_length,
-        epochs=history[-1]["epoch"],
+        epochs=max(entry.get("epoch", 0.0) for entry in history),
         texts=_texts(config),
-        **_scores(summary),
+        **_scores(summary, history),
         loss=Markup(_loss(history)),
         spectra={kind: Markup(panel) for kind, panel in figures.spectrum_panels(manifest).items()} if manifest else {},
         warnings=_warnings(summary, manifest),
@@ -89,15 +88,18 @@ def write_page(
     return file
 
 
-def _scores(summary: dict[str, Any]) -> dict[str, Any]:
+def _scores(summary: dict[str, Any], history: list[dict[str, float]]) -> dict[str, Any]:
     """Knowledge and forgetting; None for what was not measured."""
     if summary["knowledge_after"] is None:
         knowledge, accuracy = None, ""
     else:
-        knowledge = {name: _knowledge(summary[f"knowledge_{name}"], summary["questions"]) for name in _TIMES}
-        shares = {name: known.share for name, known in knowledge.items()}
-        intervals = {name: (known.low, known.high) for name, known in knowledge.items()}
+        scored = [entry for entry in history if "knowledge" in entry and entry["step"] > 0]
+        during = {f"step {entry['step']}": entry["knowledge"] for entry in scored}
+        shares = {"before": summary["knowledge_before"], **during, "after": summary["knowledge_after"]}
+        all_known = {name: _knowledge(share, summary["questions"]) for name, share in shares.items()}
+        intervals = {name: (known.low, known.high) for name, known in all_known.items()}
         accuracy = figures.accuracy_panel(shares, intervals, summary["chance"])
+        knowledge = {name: all_known[name] for name in _TIMES}
     forgetting = None
     if summary["retention_after"] is not None:
         forgetting = summary["retention_after"] / summary["retention_before"]

@@ -130,14 +130,15 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if "knowledge_before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
-            before = self._score(step=0)
+            before = self._score(state)
             self._facts |= {"knowledge_before": before.knowledge, "retention_before": before.retention}
         signals.defer(True)
         self._started = time.perf_counter()
 
-    def _score(self, step: int) -> Scores:
+    def _score(self, state: TrainerState) -> Scores:
         scores = self._evaluator.score(self._trainer.model_wrapped)
-        self._tracker.metrics(scores.found(), step)
+        self._tracker.metrics(scores.found(), state.global_step)
+        state.log_history.append({**scores.found(), "step": state.global_step})
         return scores
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
@@ -169,7 +170,7 @@ class RunCallback(TrainerCallback):
         control.should_log |= control.should_save
         if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
             started = time.perf_counter()
-            self._score(state.global_step)
+            self._score(state)
             self._started += time.perf_counter() - started  # it is not training
 
     def _count_skipped(self, step: int) -> None:

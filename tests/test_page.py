@@ -82,7 +82,7 @@ def runs(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         corpus = folder / HOSTILE
         corpus.parent.mkdir()
         corpus.write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 40)
-        scores: dict[str, Any] = {} if method == "mica" else {"questions": None, "retention": None}
+        scores: dict[str, Any] = {"every": 1} if method == "mica" else {"questions": None, "retention": None}
         config = write_config(
             folder,
             tiny_model("llama"),
@@ -190,7 +190,8 @@ def test_it_tells_what_the_run_came_to(runs: dict[str, Path], seen: Views) -> No
         f"{summary['trainable_parameters']:,}",
         f"{summary['lora_trainable_parameters']:,}",
         f"{summary['train_seconds']:.1f} s",
-        "256 tokens in 2 steps",
+        f"{summary['tokens']} tokens in 2 steps",
+        "step 1",
         "2 ranks on 1 host",
         f"{HOSTILE}\tlearnt\t1\t2.3 KiB",
     ):
