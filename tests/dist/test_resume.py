@@ -63,14 +63,21 @@ class Run:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())
 
-    def seen(self) -> dict[int, list[Row]]:
-        """The rows of each step in the order of the data: ranks take turns, with one row at a time."""
+    def seen(self, parts: int = 1) -> dict[int, list[Row]]:
+        """The rows of each step in the order of the data: ranks, or groups that hold parts, take turns, a row each."""
         seen: dict[int, list[Row]] = {}
         ranks = [[json.loads(line) for line in file.open()] for file in sorted(self.notes.glob("*.jsonl"))]
         for turn in zip(*ranks, strict=True):
-            for note in turn:
-                seen.setdefault(note["step"], []).append({key: note[key][0] for key in ROW})
+            for group in zip(*[iter(turn)] * parts, strict=True):
+                row = {key: [token for note in group for token in note[key][0]] for key in ROW if key in group[0]}
+                seen.setdefault(group[0]["step"], []).append(row)
         return seen
+
+    def assert_nothing_read_again(self) -> None:
+        """Each rank has read what it has seen (a row at a time), and perhaps the next; nothing from before a resume."""
+        for file in self.notes.glob("*.jsonl"):
+            seen, read = (len(notes.read_text().splitlines()) for notes in (file, file.with_suffix(".read")))
+            assert seen <= read <= seen + 1
 
 
 def write(folder: Path, model: Path, **sections: Any) -> Path:
