@@ -18,7 +18,7 @@ from mica_ds.errors import UserError
 
 
 def parallelism(config: Config) -> ParallelismConfig | None:
-    """What accelerate wants to know; None where each rank has its own sequences. Local."""
+    """What accelerate wants to know; None where each rank has its own sequences. Local, after `comm.start`."""
     size = config.data.sequence_parallel
     if size == 1:
         return None
@@ -27,7 +27,8 @@ def parallelism(config: Config) -> ParallelismConfig | None:
         sp_seq_length_is_variable=False,
         sp_attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
     )
-    return ParallelismConfig(sp_size=size, sp_backend="deepspeed", sp_handler=handler)
+    groups = comm.world_size() // size  # from which accelerate (1.15) counts the batch that it tells DeepSpeed
+    return ParallelismConfig(sp_size=size, dp_shard_size=groups, sp_backend="deepspeed", sp_handler=handler)
 
 
 def check_parallelism(config: Config, model_config: Any) -> None:
