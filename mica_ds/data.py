@@ -52,6 +52,12 @@ def digest(rows: Dataset) -> str:
     return found.hexdigest()
 
 
+def count_predicted(rows: Dataset) -> int:
+    """The tokens that training predicts: all but padding and the first of each document. Local."""
+    batches = rows.select_columns("labels").with_format("numpy").iter(batch_size=1000)
+    return sum(int((batch["labels"] != -100).sum()) for batch in batches)
+
+
 def read_documents(sources: list[Path], key: str) -> list[str]:
     """The texts of files (.txt, .md: one document; .jsonl: one a line under `text`) and of folders of them, sorted.
 

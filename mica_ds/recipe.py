@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -20,7 +21,7 @@ from mica_ds.adapter import (
 from mica_ds.basis import Basis, build_basis, warnings
 from mica_ds.checkpoint import read_history, tensor_files
 from mica_ds.config import Config, fixed_settings, save_config
-from mica_ds.data import build_dataset
+from mica_ds.data import build_dataset, count_predicted
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
@@ -92,7 +93,7 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                summary |= _trained(config, checkpoint)
+                summary |= _trained(config, checkpoint, dataset)
                 exported = export_checkpoint(config, checkpoint)
                 comm.say(f"export: {exported}")
                 _record(config, summary, read_history(checkpoint), basis, exported, tracker)
@@ -201,10 +202,11 @@ def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
 
 
-def _trained(config: Config, checkpoint: Path) -> dict[str, Any]:
+def _trained(config: Config, checkpoint: Path, dataset: Dataset) -> dict[str, Any]:
     """The figures of the training itself, over all starts of the run. Local."""
     state, history = read_state(checkpoint), read_history(checkpoint)
-    tokens = state["step"] * config.data.global_batch * config.data.sequence_length
+    # Of an epoch that was not finished, as many as its steps have on average.
+    tokens = state["step"] * config.data.global_batch * count_predicted(dataset) / len(dataset)
     return {
         **state["run"],
         "tokens_per_second": tokens / state["run"]["train_seconds"],

@@ -13,7 +13,7 @@ from .test_resume import Run
 
 pytestmark = pytest.mark.dist
 
-STEPS, EPOCH = 8, 5  # steps of a run and of an epoch
+STEPS, EPOCH = 10, 5  # steps of a run and of an epoch
 SHARED = "data.sequence_parallel=2"
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "at once": (1, ["train.per_device_train_batch_size=4"]),
@@ -61,6 +61,14 @@ def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(r
     expected = history(runs["at once"])
     for name, run in runs.items():
         assert history(run) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:
+    labels = [label for rows in runs["accumulated"].seen().values() for row in rows for label in row["labels"]]
+    predicted = sum(label != -100 for label in labels)
+    assert 0 < predicted < len(labels) / 2
+    for run in runs.values():
+        assert run.summary()["tokens_per_second"] * run.summary()["train_seconds"] == pytest.approx(predicted)
 
 
 @pytest.mark.parametrize(
