@@ -3,11 +3,14 @@
 Attention swaps sequence for heads between them (two all-to-alls a layer); all else works on a part of the sequence.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
+from transformers import default_data_collator
 
 from mica_ds import comm
 from mica_ds.config import Config, read_deepspeed
@@ -15,7 +18,7 @@ from mica_ds.errors import UserError
 
 
 def parallelism(config: Config) -> ParallelismConfig | None:
-    """What accelerate wants to know; None where each rank has its own sequences. Local."""
+    """What accelerate wants to know; None where each rank has its own sequences. Local, after `comm.start`."""
     size = config.data.sequence_parallel
     if size == 1:
         return None
@@ -24,7 +27,8 @@ def parallelism(config: Config) -> ParallelismConfig | None:
         sp_seq_length_is_variable=False,
         sp_attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
     )
-    return ParallelismConfig(sp_size=size, sp_backend="deepspeed", sp_handler=handler)
+    groups = comm.world_size() // size  # from which accelerate (1.15) counts the batch that it tells DeepSpeed
+    return ParallelismConfig(sp_size=size, dp_shard_size=groups, sp_backend="deepspeed", sp_handler=handler)
 
 
 def check_parallelism(config: Config, model_config: Any) -> None:
@@ -54,6 +58,33 @@ def check_parallelism(config: Config, model_config: Any) -> None:
             "data.pack: with data.sequence_parallel, sdpa would let the documents of a sequence see one another; "
             "set data.pack=false, or model.attention=flash_attention_2 on GPUs"
         )
+
+
+def collator(config: Config) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+    """What makes a micro-batch of rows: of whole ones, or of this rank's part of each. Local, after `comm.start`."""
+    size = config.data.sequence_parallel
+    if size == 1:
+        return default_data_collator
+    # DeepSpeed (0.19.8) takes neighbouring ranks for a group.
+    return functools.partial(_collate_part, part=comm.rank() % size, parts=size)
+
+
+def _collate_part(rows: list[Any], part: int, parts: int) -> dict[str, torch.Tensor]:
+    batch = default_data_collator(rows)
+    # The label of a part's last token is the next part's first one: shifted before the cut.
+    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+    return {key: whole.chunk(parts, dim=1)[part].contiguous() for key, whole in batch.items()}
+
+
+def share_batches(loader: Any, size: int) -> None:
+    """Let the ranks of each group read the same micro-batches from accelerate's loader of all ranks. Local.
+
+    DeepSpeed's own loader (0.19.8) lets each read others and swaps them, but it does not shuffle a later epoch, begins
+    it with the end of the one before, and cannot skip what an earlier start of the run has seen.
+    """
+    sampler = loader.batch_sampler
+    sampler.num_processes //= size
+    sampler.process_index //= size
 
 
 def token_loss(local: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_frozen
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import digest
-from mica_ds.errors import UserError
 from mica_ds.export import export_folder
 from mica_ds.report import SUMMARY
 from mica_ds.shelf import check_origin, find_checkpoint, read_state
@@ -50,8 +49,6 @@ def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Pat
     with comm.failing_together():
         check_origin(checkpoint, origin)
         step = read_state(checkpoint)["step"]
-        if step < steps and config.data.sequence_parallel > 1:  # accelerate (1.15) skips no batches under it
-            raise UserError(f"{checkpoint}: a run with data.sequence_parallel cannot go on; set resume=never")
     if step < steps:
         comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
     return checkpoint, step

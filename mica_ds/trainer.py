@@ -15,7 +15,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    default_data_collator,
 )
 from transformers.integrations.deepspeed import deepspeed_init
 
@@ -26,7 +25,7 @@ from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
-from mica_ds.parallelism import parallelism, token_loss
+from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
@@ -43,7 +42,7 @@ def accumulation_steps(config: Config) -> int:
             f"data.global_batch={config.data.global_batch} is not divisible by "
             f"{ranks} ranks × train.per_device_train_batch_size={micro}"
         )
-    # Ranks that share sequences take one from each of them in turn (DeepSpeed 0.19.8): whole rounds keep a step's set.
+    # Ranks that share sequences take together what each would take alone.
     return steps * config.data.sequence_parallel
 
 
@@ -142,14 +141,9 @@ class RunCallback(TrainerCallback):
         return scores
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **has: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if float(state.epoch).is_integer():
             self._restore_random_state()
-        if args.parallelism_config:
-            # DeepSpeed's loader (0.19.8) begins an epoch with the end of the one before, and does not shuffle it.
-            shared = has["train_dataloader"]
-            shared.dl.set_epoch(round(state.epoch))
-            shared.iter = iter(shared.dl)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._restore_random_state()
@@ -284,7 +278,9 @@ class MicaTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Without the checkpoint's name: DeepSpeed would look for its own files in it, and raise.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine, _ = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.args.parallelism_config:
+            share_batches(train_dataloader, self.args.parallelism_config.sp_size)
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
             self._saved_step = self.state.global_step
@@ -298,7 +294,7 @@ class MicaTrainer(Trainer):
             scheduler.step()  # sets the optimizer's learning rate, by this start's number of steps
             # The sampler of several ranks would not hear of the epoch through the loader that skips (accelerate 1.15).
             train_dataloader.set_epoch(int(self.state.epoch))
-        return prepared
+        return engine, train_dataloader  # not the one that DeepSpeed wraps around it: see `share_batches`
 
 
 def _mean_loss(history: list[dict[str, float]], after: int) -> float | None:
@@ -333,7 +329,7 @@ def build_trainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=default_data_collator,
+        data_collator=collator(config),
         evaluator=evaluator,
         tracker=tracker,
         config=config,

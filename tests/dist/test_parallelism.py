@@ -1,4 +1,4 @@
-"""Losses where the ranks' token counts differ, and where the ranks share each sequence."""
+"""Losses where the ranks' token counts differ, and where the ranks share each sequence, also after a resume."""
 
 import json
 from collections.abc import Callable
@@ -8,53 +8,90 @@ import pytest
 
 from mica_ds.checkpoint import read_history
 
-from ..conftest import Finished, start_ranks
+from ..conftest import start_ranks, write_config
+from .test_resume import Run
 
 pytestmark = pytest.mark.dist
 
-STEPS = 6
+STEPS, EPOCH = 10, 5  # steps of a run and of an epoch
+SHARED = "data.sequence_parallel=2"
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "at once": (1, ["train.per_device_train_batch_size=4"]),
+    "accumulated": (2, []),
+    "shared": (2, [SHARED]),
+    "shared in two groups": (4, [SHARED]),
+    "recomputed": (2, ["train.activation_checkpointing=true", "model.offload_activations=true"]),
+}
 
 
-def write_ragged(write: Callable[..., Path]) -> Path:
+@pytest.fixture(scope="module")
+def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config for documents of 2 to 31 tokens, each in a sequence of its own."""
-    train = {"max_steps": STEPS, "per_device_train_batch_size": 1, "learning_rate": 1e-2}
-    config = write(data={"pack": False}, train=train)
+    folder = tmp_path_factory.mktemp("ragged")
     words = "The Quillmar press was built in Torvane by Edda Brunholt and ran for years ".split()
-    texts = [" ".join(words[: 1 + 5 * i % 14]) for i in range(20)]
-    (config.parent / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return config
+    texts = [" ".join(words[: 1 + 5 * i % 14]) for i in range(4 * EPOCH)]
+    (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return write_config(
+        folder,
+        tiny_model("llama"),
+        data={"corpus": [str(folder / "corpus.jsonl")], "pack": False},
+        train={"max_steps": STEPS, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "save_steps": 1},
+        checkpoint={"keep": STEPS},
+        evaluate={"questions": None, "retention": None},
+    )
 
 
-def history(run: Path) -> list[float]:
-    checkpoint = max((run / "checkpoints").iterdir())
-    entries = [entry for entry in read_history(checkpoint) if "loss" in entry]
+@pytest.fixture(scope="module")
+def runs(config: Path) -> dict[str, Run]:
+    """Four sequences of very different length a step, divided among the ranks in each of the ways."""
+    runs = {name: Run(config, config.parent / name) for name in LAYOUTS}
+    for name, (ranks, overrides) in LAYOUTS.items():
+        finished = runs[name].train(ranks, *overrides)
+        assert finished.codes == [0] * ranks, finished.output
+    return runs
+
+
+def history(run: Run) -> list[float]:
+    entries = [entry for entry in read_history(run.checkpoint(STEPS)) if "loss" in entry]
     assert len(entries) == STEPS
     return [entry[key] for entry in entries for key in ("loss", "grad_norm")]
 
 
-def run(ranks: int, config: Path, *overrides: str) -> Finished:
-    overrides = (f"data.corpus=[{config.parent}/corpus.jsonl]", *overrides)
-    return start_ranks(ranks, ["train", str(config), *overrides])
+def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(runs: dict[str, Run]) -> None:
+    expected = history(runs["at once"])
+    for name, run in runs.items():
+        assert history(run) == pytest.approx(expected, rel=1e-4), name
 
 
-def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(
-    tiny_config: Callable[..., Path],
-) -> None:
-    """Four sequences of very different length a step: at once on one rank; one by one, and two at a time, on two."""
-    config = write_ragged(tiny_config)
-    losses = {}
-    for name, ranks, overrides in [
-        ("at once", 1, ["train.per_device_train_batch_size=4"]),
-        ("accumulated", 2, []),
-        ("shared", 2, ["data.sequence_parallel=2"]),
-        ("recomputed", 2, ["train.activation_checkpointing=true", "model.offload_activations=true"]),
-    ]:
-        finished = run(ranks, config, f"output_dir={config.parent}/{name}", *overrides)
-        assert finished.codes == [0] * ranks, finished.output
-        losses[name] = history(config.parent / name)
-    assert losses["accumulated"] == pytest.approx(losses["at once"], rel=1e-4)
-    assert losses["shared"] == pytest.approx(losses["at once"], rel=1e-4)
-    assert losses["recomputed"] == pytest.approx(losses["at once"], rel=1e-4)
+def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:
+    labels = [label for rows in runs["accumulated"].seen().values() for row in rows for label in row["labels"]]
+    predicted = sum(label != -100 for label in labels)
+    assert 0 < predicted < len(labels) / 2
+    for run in runs.values():
+        assert run.summary()["tokens_per_second"] * run.summary()["train_seconds"] == pytest.approx(predicted)
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "after"),
+    [
+        ("shared", 2, "shared"),  # goes on into the next epoch
+        ("shared", EPOCH + 2, "accumulated"),
+        ("accumulated", EPOCH + 2, "shared"),
+    ],
+)
+def test_shared_sequences_go_on(before: str, step: int, after: str, runs: dict[str, Run], tmp_path: Path) -> None:
+    run = Run(runs[before].config, tmp_path / "run").take(runs[before], step)
+    ranks, overrides = LAYOUTS[after]
+    finished = run.train(ranks, *overrides)
+    assert finished.codes == [0] * ranks, finished.output
+    assert history(run) == pytest.approx(history(runs["at once"]), rel=1e-4)
+    parts = 2 if SHARED in overrides else 1
+    expected = runs["accumulated"].seen()
+    seen = run.seen(parts)
+    assert sorted(seen) == list(range(step + 1, STEPS + 1))
+    for number, rows in seen.items():
+        assert [row["input_ids"] for row in rows] == [row["input_ids"] for row in expected[number]]
+    run.assert_nothing_read_again()
 
 
 @pytest.mark.parametrize(
@@ -65,9 +102,7 @@ def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(
         ("model.attention=flash_attention_2", "model.attention=flash_attention_2"),
     ],
 )
-def test_what_sequences_cannot_be_shared_is_refused(
-    override: str, message: str, tiny_config: Callable[..., Path]
-) -> None:
-    finished = run(2, write_ragged(tiny_config), "data.sequence_parallel=2", override)
+def test_what_sequences_cannot_be_shared_is_refused(override: str, message: str, config: Path, tmp_path: Path) -> None:
+    finished = start_ranks(2, ["train", str(config), f"output_dir={tmp_path}", SHARED, override])
     assert finished.codes == [2, 2], finished.output
     assert message in finished.outputs[0]

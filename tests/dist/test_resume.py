@@ -63,14 +63,21 @@ class Run:
     def summary(self) -> dict[str, Any]:
         return json.loads((self.folder / "summary.json").read_text())
 
-    def seen(self) -> dict[int, list[Row]]:
-        """The rows of each step in the order of the data: ranks take turns, with one row at a time."""
+    def seen(self, parts: int = 1) -> dict[int, list[Row]]:
+        """The rows of each step in the order of the data: ranks, or groups that hold parts, take turns, a row each."""
         seen: dict[int, list[Row]] = {}
         ranks = [[json.loads(line) for line in file.open()] for file in sorted(self.notes.glob("*.jsonl"))]
         for turn in zip(*ranks, strict=True):
-            for note in turn:
-                seen.setdefault(note["step"], []).append({key: note[key][0] for key in ROW})
+            for group in zip(*[iter(turn)] * parts, strict=True):
+                row = {key: [token for note in group for token in note[key][0]] for key in ROW if key in group[0]}
+                seen.setdefault(group[0]["step"], []).append(row)
         return seen
+
+    def assert_nothing_read_again(self) -> None:
+        """Each rank has read what it has seen (a row at a time), and perhaps the next; nothing from before a resume."""
+        for file in self.notes.glob("*.jsonl"):
+            seen, read = (len(notes.read_text().splitlines()) for notes in (file, file.with_suffix(".read")))
+            assert seen <= read <= seen + 1
 
 
 def write(folder: Path, model: Path, **sections: Any) -> Path:
@@ -185,6 +192,7 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
         assert after[key] == before[key]
     assert after["train_seconds"] > other.state(19)["run"]["train_seconds"] > reference.state(8)["run"]["train_seconds"]
     assert after["retention_after"] == pytest.approx(before["retention_after"], rel=1e-4)
+    other.assert_nothing_read_again()
 
 
 def test_on_three_ranks_from_a_chosen_checkpoint(reference: Run, other: Run) -> None:
@@ -194,6 +202,7 @@ def test_on_three_ranks_from_a_chosen_checkpoint(reference: Run, other: Run) -> 
     assert finished.codes == [0] * 3, finished.output
     assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 2 * EPOCH}
     assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
+    other.assert_nothing_read_again()
     trained = [load_file(run.checkpoint(STEPS) / "model-00001.safetensors") for run in (reference, other)]
     for name, tensor in trained[0].items():
         torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=1e-4)
@@ -257,6 +266,26 @@ def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path)
     resumed = stopped.train(2, "train.max_steps=10")
     assert resumed.codes == [0, 0], resumed.output
     assert stopped.losses(10) == pytest.approx(whole.losses(10), abs=1e-5)
+
+
+def test_with_all_on_nvme(config: Path, tmp_path: Path) -> None:
+    """Full fine-tuning: of a tiny adapter DeepSpeed (0.19.8) would swap nothing, a rank's share being below 1 MiB."""
+    whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
+    settings = ["adapter.method=full", "train.max_steps=8", "train.save_steps=8", "train.learning_rate=1e-3"]
+    settings += ["evaluate.questions=null", "evaluate.retention=null"]
+    assert whole.train(2, *settings).codes == [0, 0]
+    settings += [f"deepspeed={write_nvme_settings(tmp_path, 4_000_000)}"]
+    assert stopped.train(2, *settings, signal=[signal.SIGUSR1, 4]).codes == [os.EX_TEMPFAIL] * 2
+    assert stopped.checkpoints() == ["step-000004"]
+    swapped = tmp_path / "zero_stage_3"
+    shutil.rmtree(swapped)
+    resumed = stopped.train(2, *settings)
+    assert resumed.codes == [0, 0], resumed.output
+    assert stopped.losses(8) == pytest.approx(whole.losses(8), abs=1e-4)
+    stopped.assert_nothing_read_again()
+    for rank in ("rank0", "rank1"):
+        assert {file.stat().st_size > 1 << 20 for file in (swapped / "float32params" / rank).iterdir()} == {True}
+        assert len(list((swapped / "optimizer" / rank).iterdir())) >= 3  # the masters and two moments
 
 
 def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:

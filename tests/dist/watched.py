@@ -1,6 +1,6 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
-WATCH holds JSON: `folder` for the notes, one file a rank; `not_finite`: the steps whose loss is NaN on the last rank;
+WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank; `not_finite`: the steps whose loss is NaN on the last rank;
 `signal`: [number, step], sent to the last rank by itself.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from mica_ds import cli, comm
 
@@ -21,6 +22,7 @@ def main() -> None:
     notes = Path(watch["folder"]) / f"{comm.rank()}.jsonl"
     is_last = comm.rank() == comm.world_size() - 1
     compute_loss = trainer.MicaTrainer.compute_loss
+    read = Dataset.__getitems__  # by which a data loader reads, and nothing else
 
     def watched_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step + 1
@@ -31,7 +33,13 @@ def main() -> None:
         loss = compute_loss(self, model, inputs, *args, **kwargs)
         return loss * torch.nan if is_last and step in watch.get("not_finite", []) else loss
 
+    def watched_read(self: Any, indices: list[int]) -> Any:
+        with notes.with_suffix(".read").open("a") as file:
+            file.writelines(f"{index}\n" for index in indices)
+        return read(self, indices)
+
     trainer.MicaTrainer.compute_loss = watched_loss
+    Dataset.__getitems__ = watched_read
 
 
 if __name__ == "__main__":
