@@ -53,7 +53,7 @@ def digest(rows: Dataset) -> str:
 
 
 def count_predicted(rows: Dataset) -> int:
-    """The tokens that training predicts: all but padding and the first of each document. Local."""
+    """The tokens that training predicts: all but padding and the first of each document in a row. Local."""
     batches = rows.select_columns("labels").with_format("numpy").iter(batch_size=1000)
     return sum(int((batch["labels"] != -100).sum()) for batch in batches)
 
