@@ -175,7 +175,7 @@ def save_config(config: Config, path: Path) -> None:
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings under which alone a checkpoint means what it says, by their keys."""
     adapter = config.model_dump(mode="json")["adapter"]
-    return {f"adapter.{key}": value for key, value in adapter.items()}
+    return {"model.dtype": config.model.dtype, **{f"adapter.{key}": value for key, value in adapter.items()}}
 
 
 def recomputes_activations(config: Config) -> bool:

@@ -4,13 +4,26 @@ import functools
 import hashlib
 
 import torch
+from torch import nn
 
-from mica_ds.shards import Matrix
+from mica_ds import comm
+from mica_ds.shards import Matrix, full_shape, own_slice
 
 
 def describe(matrix: Matrix, dtype: torch.dtype, total: int) -> str:
     """The fingerprint of a whole matrix, from the sum over all its elements. Local."""
     return hashlib.sha256(f"{matrix.name} {matrix.stored_shape} {dtype} {total}".encode()).hexdigest()
+
+
+def fingerprint_model(model: nn.Module) -> str:
+    """The fingerprint of a partitioned model's parameters, each rank reading its own slices once. Collective."""
+    names, sums = [], []
+    for name, parameter in model.named_parameters():
+        start, values = own_slice(parameter)
+        names.append(f"{name} {full_shape(parameter)} {values.dtype}")
+        sums.append(mixed_sum(values, start))
+    totals = comm.sum_(torch.stack(sums)).tolist()
+    return hashlib.sha256(repr(list(zip(names, totals, strict=True))).encode()).hexdigest()
 
 
 def mixed_sum(values: torch.Tensor, start: int) -> torch.Tensor:

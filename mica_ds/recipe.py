@@ -30,9 +30,9 @@ from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, l
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
-from mica_ds.resume import attach, frozen_tensors, is_complete, made_of, start_point, weights_of
+from mica_ds.resume import attach, checked_weights, frozen_tensors, is_complete, made_of, start_point
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import find_checkpoint, read_state, remove_checkpoints
+from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint
@@ -55,6 +55,7 @@ def train(config: Config) -> None:
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
         return
     model, loading_rss = _load(config, checkpoint)
+    origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
     with Tracker(config) as tracker:
         if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
@@ -62,8 +63,7 @@ def train(config: Config) -> None:
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
-        origin |= weights_of(basis)
-        model = attach(config, model, modules, basis, checkpoint, origin)
+        model = attach(config, model, modules, basis, checkpoint)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
         if comm.is_main():
@@ -132,11 +132,15 @@ def evaluate(config: Config) -> None:
         tokenizer = load_tokenizer(config.model)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     checkpoint = find_checkpoint(folder / "checkpoints")
+    if checkpoint:
+        with comm.failing_together():
+            check_origin(checkpoint, fixed_settings(config))
     model, _ = _load(config, checkpoint)
     if checkpoint:
+        checked_weights(config, model, checkpoint)
         modules = _targets(config, model)
         bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-        model = attach(config, model, modules, bases, checkpoint, fixed_settings(config) | weights_of(bases))
+        model = attach(config, model, modules, bases, checkpoint)
     scores = evaluator.score(inference_engine(model, args))
     evaluated = {
         "checkpoint": checkpoint.name if checkpoint else None,

@@ -16,15 +16,17 @@ from mica_ds.checkpoint import read_frozen
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import digest
 from mica_ds.export import export_folder
+from mica_ds.fingerprint import fingerprint_model
 from mica_ds.report import SUMMARY
 from mica_ds.shelf import check_origin, find_checkpoint, read_state
+
+_WEIGHTS = "model.path (fingerprint of its weights)"
 
 
 def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[str, Any]:
     """What must be the same for a run to go on, by the keys of the config."""
     return {
         **fixed_settings(config),
-        "model.dtype": config.model.dtype,
         "data.sequence_length": config.data.sequence_length,
         "data.global_batch": config.data.global_batch,
         "train.seed": args.seed,
@@ -33,9 +35,18 @@ def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[s
     }
 
 
-def weights_of(basis: Basis | None) -> dict[str, Any]:
-    """The same for the base model, known once its bases are. Local."""
-    return {"model.path (fingerprint of its weights)": basis.manifest["fingerprint"]} if basis else {}
+def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
+    """The same for the base model, once it is loaded and before it has an adapter. Collective.
+
+    Raises: UserError where the checkpoint was made from other weights.
+    """
+    if checkpoint and config.adapter.method == "full":  # it holds all weights, and the base was not read
+        return {_WEIGHTS: read_state(checkpoint)["origin"][_WEIGHTS]}
+    found = {_WEIGHTS: fingerprint_model(model)}
+    with comm.failing_together():
+        if checkpoint:
+            check_origin(checkpoint, found)
+    return found
 
 
 def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int]:
@@ -67,15 +78,12 @@ def attach(
     modules: dict[str, nn.Module],
     basis: Basis | None,
     checkpoint: Path | None,
-    origin: dict[str, Any],
 ) -> nn.Module:
     """The model with its adapter, and with a checkpoint's values where there is one. Collective. Raises: UserError."""
-    if checkpoint is None:
-        return attach_adapter(model, modules, config.adapter, basis)
-    with comm.failing_together():
-        check_origin(checkpoint, origin)
     attached = attach_adapter(model, modules, config.adapter, basis)
-    return attached if config.adapter.method == "full" else restore_adapter(attached, checkpoint)
+    if checkpoint is None or config.adapter.method == "full":
+        return attached
+    return restore_adapter(attached, checkpoint)
 
 
 def frozen_tensors(

@@ -180,6 +180,11 @@ def fill_partition(parameter: Any, read: Callable[[int, int], torch.Tensor]) -> 
         parameter.partition([parameter], has_been_updated=True)
 
 
+def own_slice(parameter: Any) -> tuple[int, torch.Tensor]:
+    """Where this rank's slice of a parameter begins in the flattened whole, and the slice, on the CPU. Local."""
+    return _bounds(parameter)[parameter.ds_zero_partition_rank], _read_partition(parameter)
+
+
 def full_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of the whole of a partitioned parameter. Local."""
     return tuple(parameter.ds_shape)

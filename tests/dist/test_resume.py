@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from mica_ds.config import load_config
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start_ranks, write_config, write_nvme_settings
 from .test_bad_input import assert_refused
@@ -231,6 +233,13 @@ def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
     other.take(reference, 8)
     refused = other.train(2, "data.global_batch=12")
     assert_refused(refused, "step-000008 was trained with data.global_batch=6, but now it is 12")
+    # Another model, by one element of a weight that has no adapter and no basis.
+    changed = shutil.copytree(load_config(other.config).model.path, other.folder.parent / "model")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    refused = other.train(2, f"model.path={changed}")
+    assert_refused(refused, "step-000008 was trained with model.path (fingerprint of its weights)=")
     assert other.checkpoints() == ["step-000008"]
 
 
