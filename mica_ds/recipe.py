@@ -238,6 +238,8 @@ def _record(
         tracker.artifact(basis.folder / "manifest.json", under="basis")
     if config.adapter.method != "full":  # a whole model stays in the run folder
         tracker.artifact(exported, under="adapter")
+        if config.tracking.register_as:
+            tracker.register(config.tracking.register_as, under="adapter")
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
     tracker.metrics({**numbers, **ranks}, step=summary["steps"])
