@@ -34,7 +34,13 @@ def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
             ended = time.perf_counter()
             shares.append((ended - worked) / (ended - started))
             print(step, flush=True)
+        adapter = config.output_dir / "adapter"
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text("{}")
         tracker.artifact(Path(file))
+        tracker.artifact(adapter, under="adapter")
+        if config.tracking.register_as:
+            tracker.register(config.tracking.register_as, under="adapter")
         ended = time.perf_counter()
     found = {"median": statistics.median(shares), "highest": max(shares), "end": time.perf_counter() - ended}
     print(json.dumps(found), flush=True)
