@@ -21,7 +21,7 @@ GRACE = 10
 """Seconds that a sender has for the rest once the run has ended."""
 _INTERVAL = 2.0  # seconds between two batches
 _LONGEST_PAUSE = 30.0  # seconds between two attempts to reach a store
-_SYNC_PAUSES = (0, 1, 2, 4)
+_SYNC_PAUSES = (0, 1, 3)
 
 
 def sync(folder: Path, uri: str | None) -> str:

@@ -34,7 +34,7 @@ def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
             ended = time.perf_counter()
             shares.append((ended - worked) / (ended - started))
             print(step, flush=True)
-        adapter = config.output_dir / "adapter"
+        adapter = Path(file).with_name("adapter")
         adapter.mkdir(exist_ok=True)
         (adapter / "adapter_config.json").write_text("{}")
         tracker.artifact(Path(file))
