@@ -16,7 +16,7 @@ def environment() -> str:
     return "\n".join(sorted(found, key=str.lower)) + "\n"
 
 
-def attempt() -> dict[str, str]:
+def about() -> dict[str, str]:
     """What may differ between the starts of one run: versions, commit, job. Local."""
     facts = {f"version.{name}": importlib.metadata.version(name) for name in _SHOWN}
     facts |= {key.lower().replace("_", ".", 1): os.environ[key] for key in _JOB if key in os.environ}

@@ -1,12 +1,15 @@
 """The command line: `mica-ds VERB CONFIG.yaml [key=value …]`, under any launcher or alone."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mica_ds import comm
+from mica_ds import sender
 from mica_ds.config import load_config
+from mica_ds.errors import UserError
+from mica_ds.stores import check_uri, resolve_uri
 
 app = typer.Typer(
     name="mica-ds",
@@ -27,6 +30,8 @@ Overrides = Annotated[
 
 
 def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
+    from mica_ds import comm  # imports torch, which `sync` needs not wait for
+
     def main() -> None:
         from mica_ds import memory, recipe  # imports DeepSpeed, which wants to be started first
 
@@ -61,3 +66,18 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def export(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
     _run("export", config, overrides)
+
+
+@app.command()
+def sync(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's output_dir.")],
+    uri: Annotated[str | None, typer.Option(help="Another store than the run's own.")] = None,
+) -> None:
+    """Send to MLflow what a run's journal holds and the store has not got yet; any number of times."""
+    try:
+        if uri:
+            check_uri(uri)
+        print(sender.sync(folder, resolve_uri(uri) if uri else None))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None

@@ -230,6 +230,12 @@ def at(stage: str) -> None:
         _watchdog.stage = stage
 
 
+def at_abort(act: Callable[[int], None]) -> None:
+    """Have `act` called with the exit code when another rank's failure is about to end this one. Local."""
+    if _watchdog is not None:
+        _watchdog.at_abort = act
+
+
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)  # gloo knows no bfloat16
 

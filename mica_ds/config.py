@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from mica_ds.errors import UserError
+from mica_ds.stores import check_uri
 
 
 class Section(BaseModel):
@@ -98,6 +99,10 @@ class TrackingSettings(Section):
     """MLflow tracking URI."""
     experiment: str = "mica_ds"
     """Name of the MLflow experiment."""
+    parent: str | None = None
+    """Id of the MLflow run that this one is a child of, as in a study."""
+    register_as: str | None = None
+    """Name of a model in MLflow's registry, of which the adapter becomes a version."""
 
 
 class Config(Section):
@@ -164,6 +169,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: {_explain(error)}") from None
     arguments = _check_training_arguments(path, config.train)
     _check_deepspeed(config.deepspeed)
+    check_uri(config.tracking.uri)
     return config.model_copy(update={"train": arguments})
 
 

@@ -31,6 +31,22 @@ def plot_loss(steps: list[int], losses: list[float], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def plot_scores(scores: dict[str, list[tuple[int, float]]], file: Path) -> Path | None:
+    """Knowledge (accuracy) and retention (perplexity) over optimizer steps, where any was measured."""
+    if not scores:
+        return None
+    figure = Figure(figsize=(7, 2.6 * len(scores)), layout="constrained")
+    labels = {"knowledge": "knowledge (accuracy)", "retention": "retention (perplexity)"}
+    panels = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (key, points) in zip(panels, scores.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), color="tab:blue", marker=".")
+        axes.set_ylabel(labels[key])
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    figure.savefig(file, dpi=150)
+    return file
+
+
 def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
     """For each kind of target over depth: σ_max, the minor band from σ_{K-R+1} to σ_K, and below it the gap at R."""
     kinds = _by_kind(manifest)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from mica_ds import comm, figures
+from mica_ds.about import environment
 from mica_ds.adapter import (
     lora_parameters,
     stored_targets,
@@ -30,7 +31,7 @@ from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, l
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
-from mica_ds.resume import attach, checked_weights, frozen_tensors, is_complete, made_of, start_point
+from mica_ds.resume import attach, checked_weights, fingerprints, frozen_tensors, is_complete, made_of, start_point
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
 from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints
 from mica_ds.tracking import Tracker
@@ -63,6 +64,7 @@ def train(config: Config) -> None:
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
+        tracker.tags(fingerprints(origin, basis))
         model = attach(config, model, modules, basis, checkpoint)
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
@@ -225,6 +227,16 @@ def _trained(checkpoint: Path) -> dict[str, Any]:
     }
 
 
+def _scores(history: list[dict[str, float]], summary: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Knowledge and retention over the steps, before, during and after training, where they were measured. Local."""
+    found = {}
+    for key in ("knowledge", "retention"):
+        if summary[f"{key}_after"] is not None:
+            during = [(int(entry["step"]), entry[key]) for entry in history if key in entry]
+            found[key] = [*during, (summary["steps"], summary[f"{key}_after"])]
+    return found
+
+
 def _record(
     config: Config,
     summary: dict[str, Any],
@@ -237,6 +249,8 @@ def _record(
     folder = config.output_dir
     for file in (folder / "config.yaml", config.deepspeed):
         tracker.artifact(file)
+    (folder / "environment.txt").write_text(environment())
+    tracker.artifact(folder / "environment.txt")
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figures.plot_loss(
         [int(step) for step, _ in losses],
@@ -244,12 +258,16 @@ def _record(
         folder / "loss.png",
     )
     tracker.artifact(folder / "loss.png")
+    if scores := figures.plot_scores(_scores(history, summary), folder / "scores.png"):
+        tracker.artifact(scores)
     if basis:
         figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
         tracker.artifact(folder / "spectrum.png")
         tracker.artifact(basis.folder / "manifest.json", under="basis")
     if config.adapter.method != "full":  # a whole model stays in the run folder
         tracker.artifact(exported, under="adapter")
+        if config.tracking.register_as:
+            tracker.register(config.tracking.register_as, under="adapter")
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
     tracker.metrics({**numbers, **ranks}, step=summary["steps"])

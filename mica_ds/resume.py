@@ -49,6 +49,12 @@ def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -
     return found
 
 
+def fingerprints(origin: dict[str, Any], basis: Basis | None) -> dict[str, str]:
+    """What says which weights a run is made of, for its records. Local."""
+    found = {"fingerprint.model": origin[_WEIGHTS]}
+    return {**found, "fingerprint.basis": basis.manifest["fingerprint"]} if basis else found
+
+
 def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int]:
     """The checkpoint to go on from, and its step; None and -1 for a new run. Collective."""
     if config.resume == "never":

@@ -1,73 +1,99 @@
-"""One MLflow run for one run folder, from rank 0."""
+"""The run's tracking: rank 0 writes it to the journal, and a process of its own sends that to MLflow."""
 
-import logging
-import time
+import socket
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mica_ds import comm
+from mica_ds.about import about
 from mica_ds.config import Config
+from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
-
-_SQLITE = "sqlite:///"
+from mica_ds.journal import Journal
+from mica_ds.sender import GRACE
+from mica_ds.signals import EXIT_CODE
+from mica_ds.stores import SQLITE, check_folder, resolve_uri
 
 
 class Tracker:
-    """An open MLflow run on rank 0; on the other ranks every method does nothing.
+    """An open run in rank 0's journal; on the other ranks every method does nothing.
 
-    A context manager: the run ends as FINISHED, as KILLED at an interrupt, and as FAILED at any other error.
+    A run folder goes on with the run it has, as its next attempt; with resume=never the journal begins another. A
+    context manager: the attempt ends as FINISHED, as KILLED at an interrupt, and as FAILED at any other error. No fault
+    of the store reaches the training.
     """
 
     def __init__(self, config: Config) -> None:
-        """Collective. Raises: UserError where the tracking store cannot be opened."""
+        """Collective. Raises: UserError where the store cannot exist, or another run writes to the run folder."""
+        self._folder, self._uri = config.output_dir, resolve_uri(config.tracking.uri)
+        self._is_warned = False
+        hosts = comm.gather(socket.gethostname())
         with comm.failing_together():
             if comm.is_main():
-                self._open(config)
+                check_folder(self._uri)
+                self._open(config, hosts)
 
-    def _open(self, config: Config) -> None:
-        # Imported here: it takes seconds, which the other ranks need not spend.
-        import mlflow
-        from mlflow.entities import Param
-
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel("WARNING")
-        uri, artifacts = config.tracking.uri, None
+    def _open(self, config: Config, hosts: list[str]) -> None:
         try:
-            if uri.startswith(_SQLITE):
-                database = Path(uri.removeprefix(_SQLITE)).absolute()
-                database.parent.mkdir(parents=True, exist_ok=True)
-                uri, artifacts = (
-                    f"{_SQLITE}{database}",
-                    (database.parent / "mlflow-artifacts").as_uri(),
-                )
-            self._client = mlflow.MlflowClient(tracking_uri=uri)
-            name = config.tracking.experiment
-            experiment = self._client.get_experiment_by_name(name)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(name, artifacts)
-            self._run = self._client.create_run(number, run_name=config.output_dir.name).info.run_id
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"tracking.uri: {config.tracking.uri} cannot be opened: {reason}") from None
-        parameters = [Param(key, str(value)[:6000]) for key, value in _flatten(config.model_dump(mode="json"))]
-        self._client.log_batch(self._run, params=parameters)
+            self._journal = Journal(self._folder)
+        except BlockingIOError:
+            raise UserError(f"output_dir: {self._folder} belongs to a run that still goes on; choose another") from None
+        settings, tracking = _flatten(config.model_dump(mode="json")), config.tracking
+        if config.resume == "never" or self._journal.run is None:
+            self._journal.begin(name=self._folder.name, experiment=tracking.experiment, parent=tracking.parent)
+        if not self._journal.params:
+            self._journal.write("params", values=settings)
+        # What differs from the first attempt is a tag of this one: MLflow changes no parameter.
+        known = self._journal.params
+        changed = {key: value for key, value in settings.items() if key not in known or known[key] != value}
+        made_by = {"world_size": len(hosts), "hosts": ", ".join(dict.fromkeys(hosts)), **about(), **changed}
+        self._journal.write("start", attempt=self._journal.attempt + 1, uri=self._uri)
+        self.tags({f"attempt.{self._journal.attempt}.{key}": value for key, value in made_by.items()})
+        comm.at_abort(lambda code: self._note_end("KILLED" if code == EXIT_CODE else "FAILED"))
+        self._sender: subprocess.Popen[bytes] | None = None
+        try:
+            self._sender = subprocess.Popen(
+                [sys.executable, "-m", "mica_ds.sender", str(self._folder), self._uri],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's interrupt is meant for the run
+            )
+        except OSError as error:
+            comm.say(f"warning: tracking: nothing is sent during the run: {error.strerror}")
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log numbers at a step. Local."""
-        if comm.is_main():
-            from mlflow.entities import Metric
+        """Note numbers at a step; microseconds. Local."""
+        if values:
+            self._write("metrics", step=step, values={key: float(value) for key, value in values.items()})
 
-            now = int(time.time() * 1000)
-            self._client.log_batch(
-                self._run,
-                metrics=[Metric(k, float(v), now, step) for k, v in values.items()],
-            )
+    def tags(self, values: dict[str, Any]) -> None:
+        """Note words about the run, which later ones of the same keys replace. Local."""
+        self._write("tags", values={key: str(value) for key, value in values.items()})
 
     def artifact(self, path: Path, under: str | None = None) -> None:
-        """Log a file, or a folder with all that is in it. Local."""
-        if comm.is_main():
-            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-            log(self._run, str(path), under)
+        """Note a file, or a folder with all that is in it; it is read when it is sent. Local."""
+        path, folder = path.absolute(), self._folder.absolute()
+        self._write("artifact", path=str(path.relative_to(folder) if folder in path.parents else path), under=under)
+
+    def register(self, name: str, under: str) -> None:
+        """Note that the artifact under this name is a new version of a model in MLflow's registry. Local."""
+        self._write("register", name=name, under=under)
+
+    def _write(self, kind: str, **content: Any) -> None:
+        if not comm.is_main():
+            return
+        self._journal.write(kind, **content)
+        if (error := self._journal.error) and not self._is_warned:
+            self._is_warned = True
+            comm.say(f"warning: tracking: the journal waits in memory: {error.strerror}; make room in {self._folder}")
+
+    def _note_end(self, status: str) -> None:
+        if not self._journal.is_ended:
+            self._journal.write("end", status=status)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -78,18 +104,40 @@ class Tracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if comm.is_main():
-            status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
-            self._client.set_terminated(self._run, status)
+        if not comm.is_main():
+            return
+        self._note_end("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+        self._journal.close()
+        if lost := self._journal.waiting:
+            comm.say(f"warning: tracking: {lost} lines could not be written to the journal, and are lost")
+        self._end_sender()
+        if left := unsent(self._folder, self._uri, self._journal.lines - lost):
+            comm.say(
+                f"warning: tracking: {left} of {self._journal.lines - lost} lines are not sent to {self._uri} yet; "
+                f"`mica-ds sync {self._folder}` sends them"
+            )
+
+    def _end_sender(self) -> None:
+        """Let the sender bring what is left, for GRACE seconds at most."""
+        if self._sender is None:
+            return
+        assert self._sender.stdin
+        with suppress(OSError):  # it has ended already
+            self._sender.stdin.write(b"\n")
+            self._sender.stdin.close()
+        try:
+            self._sender.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._sender.kill()
 
 
 def pages_command(uri: str) -> str:
     """The command that opens MLflow's pages on a store."""
-    return f"mlflow server --backend-store-uri {uri}" if uri.startswith(_SQLITE) else f"open {uri}"
+    return f"mlflow server --backend-store-uri {uri}" if uri.startswith(SQLITE) else f"open {uri}"
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    flat: list[tuple[str, Any]] = []
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat += _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

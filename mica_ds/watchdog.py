@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -70,6 +71,8 @@ class Watchdog:
         self._is_done = self._is_failing = False
         self.stage = ""
         """What the run is at, as in `step 7`."""
+        self.at_abort: Callable[[int], None] = lambda code: None
+        """Called, on a thread of its own, when the verdict is that this process ends with a code."""
 
     def start(self, token: str, listener: socket.socket | None, address: tuple[str, int]) -> None:
         """Start the thread: rank 0 listens, the others connect to its address. Local.
@@ -188,6 +191,7 @@ class Watchdog:
             if not (self._is_failing and verdict.is_told):  # ranks that fail alike, or are all stopped by a scheduler
                 self._say(verdict)
             _fall_silent()
+            self._loop.run_in_executor(None, self.at_abort, verdict.code)
             self._loop.call_later(_GRACE, os._exit, verdict.code)
         self._is_known.set()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start
@@ -105,7 +106,13 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     assert found.data.metrics["knowledge_after"] == summary["knowledge_after"]
     assert found.data.metrics["retention_before"] == summary["retention_before"]
     top = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
-    assert top >= {"config.yaml", "summary.json", "loss.png", "spectrum.png", "basis", "adapter"}
+    files = {"config.yaml", "zero3-offload-cpu.json", "environment.txt", "summary.json", "report.html"}
+    assert top == files | {"loss.png", "scores.png", "spectrum.png", "basis", "adapter"}
+    fingerprint, tags = manifest(run)["fingerprint"], found.data.tags
+    assert tags["fingerprint.basis"] == fingerprint != tags["fingerprint.model"]
+    assert tags["attempt.1.version.torch"] == torch.__version__
+    commit = start(["git", "rev-parse", "HEAD"]).output.strip()
+    assert tags["attempt.1.git.commit"] == commit
     adapter = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "adapter")}
     assert "adapter/adapter_model.safetensors" in adapter
 

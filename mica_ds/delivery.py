@@ -1,0 +1,206 @@
+"""What of a journal a store has, and how it gets the rest: MLflow's side of the tracking.
+
+A line may be sent twice, and counts once: MLflow's SQL store (3.17) ignores a metric that is the same in key, step,
+time and value, and the rest sets what is already set. What the store has acknowledged is noted in the run folder.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mica_ds.journal import Line, Reader
+from mica_ds.stores import database_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RECEIPTS = "sync.json"
+JOURNAL_TAG = "mica_ds.journal"
+"""The tag of an MLflow run that holds the id of the journal's run."""
+# MLflow's limits for one request (3.17).
+_METRICS, _PARAMS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 100, 6000, 8000
+_DATA = ("metrics", "params", "tags")
+_NOTHING: dict[str, Any] = {"lines": 0, "journal": None, "run": None}
+
+
+class Delivery:
+    """Brings one store up to date with one journal. Everything MLflow raises passes through."""
+
+    def __init__(self, folder: Path, uri: str, say: Callable[[str], None]) -> None:
+        """`say` is told of an artifact that cannot be sent any more."""
+        self._folder, self._uri, self._say = folder, uri, say
+        self._reader = Reader(folder)
+        self._receipt = _receipts(folder).get(uri, _NOTHING)
+        self._client: MlflowClient | None = None
+
+    def send(self) -> None:
+        """Send what the journal holds by now, and note after each part that it has arrived."""
+        client = self._client = self._client or self._connect()
+        while True:
+            start = self._reader.position
+            if not (part := self._next_part()):
+                return
+            try:
+                self._reader.sync()  # else new lines might take the place of sent ones, once the power fails
+                self._ship(client, [line for line in part if line])
+            except Exception:
+                self._reader.position = start
+                raise
+            self._receipt = {**self._receipt, "lines": self._receipt["lines"] + len(part)}
+            self._save()
+
+    def finish(self) -> None:
+        """Send all, and delete runs that the store has made twice: when the request for one had timed out."""
+        client = self._client = self._client or self._connect()
+        self._send_ahead(client)
+        self.send()
+        if run := self._receipt["run"]:
+            for other in _runs(client, client.get_run(run).info.experiment_id, self._receipt["journal"]):
+                if other != run:
+                    client.delete_run(other)
+
+    def _send_ahead(self, client: "MlflowClient") -> None:
+        """Send the last numbers and the status before artifacts, which may take longer than there is time for."""
+        start = self._reader.position
+        rest = [line for line in self._reader.read() if line]
+        self._reader.position = start
+        kinds = {line["kind"] for line in rest}
+        if self._receipt["run"] and "artifact" in kinds and "run" not in kinds:
+            _log(client, self._receipt["run"], [line for line in rest if line["kind"] in _DATA])
+            for line in rest:
+                if line["kind"] == "end":
+                    self._ship(client, [line])
+
+    def _connect(self) -> "MlflowClient":
+        import mlflow  # takes seconds, and memory
+
+        client = mlflow.MlflowClient(tracking_uri=self._uri)
+        if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
+            self._receipt = _NOTHING  # deleted, or another store than before at the same address: all over again
+        for _ in islice(self._reader.read(), self._receipt["lines"]):
+            pass
+        return client
+
+    def _next_part(self) -> list[Line | None]:
+        """Lines that go in one request each of a kind, or one line that is a request of its own."""
+        part: list[Line | None] = []
+        before = self._reader.position
+        for line in self._reader.read():
+            is_data = line is None or line["kind"] in _DATA
+            if part and not is_data:
+                self._reader.position = before  # for the next part
+                break
+            part.append(line)
+            before = self._reader.position
+            if not is_data or len(part) == _METRICS:
+                break
+        return part
+
+    def _ship(self, client: "MlflowClient", lines: list[Line]) -> None:
+        kind, run = lines[0]["kind"] if lines else None, self._receipt["run"]
+        if kind == "run":
+            self._receipt = {
+                **self._receipt,
+                "journal": lines[0]["id"],
+                "run": self._open_run(client, lines[0]),
+            }
+        elif run is None:
+            return  # nothing of a run whose first line is damaged can be sent
+        elif kind == "start":
+            client.update_run(run, "RUNNING")
+        elif kind == "end":
+            client.set_terminated(run, lines[0]["status"], lines[0]["time"])
+        elif kind == "artifact":
+            path = self._folder / lines[0]["path"]
+            if path.exists():
+                log = client.log_artifacts if path.is_dir() else client.log_artifact
+                log(run, str(path), lines[0]["under"])
+            else:
+                self._say(f"{path} is gone, and is not sent")
+        elif kind == "register":
+            self._register(client, lines[0]["name"], lines[0]["under"])
+        else:
+            _log(client, run, lines)
+
+    def _open_run(self, client: "MlflowClient", line: Line) -> str:
+        """The journal's run in the store; one that was asked for before may be there without an answer that arrived."""
+        experiment = client.get_experiment_by_name(line["experiment"])
+        if experiment:
+            number = experiment.experiment_id
+        else:
+            database = database_file(self._uri)
+            artifacts = (database.parent / "mlflow-artifacts").as_uri() if database else None
+            number = client.create_experiment(line["experiment"], artifacts)
+        if runs := _runs(client, number, line["id"]):
+            return min(runs)
+        tags = {JOURNAL_TAG: line["id"]} | ({"mlflow.parentRunId": line["parent"]} if line["parent"] else {})
+        return client.create_run(number, line["time"], tags, line["name"]).info.run_id
+
+    def _register(self, client: "MlflowClient", name: str, under: str) -> None:
+        run = self._receipt["run"]
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        if not client.search_model_versions(f"name = '{name}' and run_id = '{run}'"):
+            source = f"{client.get_run(run).info.artifact_uri}/{under}"
+            client.create_model_version(name, source, run)
+
+    def _save(self) -> None:
+        file = self._folder / RECEIPTS
+        with suppress(OSError):  # a full disk: it would be sent again
+            partial = file.with_name(f"{RECEIPTS}.partial")
+            partial.write_text(json.dumps(_receipts(self._folder) | {self._uri: self._receipt}, indent=1))
+            os.replace(partial, file)
+
+
+def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
+    """Send the values of some lines in as few requests as MLflow takes."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    of = {kind: [line for line in lines if line["kind"] == kind] for kind in _DATA}
+    metrics = [
+        Metric(key, value, line["time"], line["step"])
+        for line in of["metrics"]
+        for key, value in line["values"].items()
+    ]
+    params = {key: str(value)[:_PARAM_LENGTH] for line in of["params"] for key, value in line["values"].items()}
+    tags = {key: str(value)[:_TAG_LENGTH] for line in of["tags"] for key, value in line["values"].items()}
+    for start in range(0, len(metrics), _METRICS):
+        client.log_batch(run, metrics=metrics[start : start + _METRICS])
+    for start in range(0, len(params), _PARAMS):
+        client.log_batch(run, params=[Param(*item) for item in list(params.items())[start : start + _PARAMS]])
+    for start in range(0, len(tags), _PARAMS):
+        client.log_batch(run, tags=[RunTag(*item) for item in list(tags.items())[start : start + _PARAMS]])
+
+
+def _runs(client: "MlflowClient", experiment: str, journal: str) -> list[str]:
+    """The ids of the runs in the store that were made for a journal's run."""
+    found = client.search_runs([experiment], f"tags.`{JOURNAL_TAG}` = '{journal}'")
+    return [run.info.run_id for run in found]
+
+
+def _is_active(client: "MlflowClient", run: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def unsent(folder: Path, uri: str, lines: int) -> int:
+    """How many of a journal's lines a store has not acknowledged. Local."""
+    return lines - _receipts(folder).get(uri, _NOTHING)["lines"]
+
+
+def _receipts(folder: Path) -> dict[str, dict[str, Any]]:
+    """By URI: how many lines it has, of which journal the last were, and its run."""
+    try:
+        return json.loads((folder / RECEIPTS).read_text())
+    except (OSError, ValueError):
+        return {}

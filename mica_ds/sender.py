@@ -1,0 +1,119 @@
+"""Ships a run folder's journal to MLflow: beside the training, as a process of its own, and later by `mica-ds sync`."""
+
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mica_ds.delivery import Delivery, unsent
+from mica_ds.errors import UserError
+from mica_ds.journal import Reader, mend
+
+LOCK = "sync.lock"
+GRACE = 10
+"""Seconds that a sender has for the rest once the run has ended."""
+_INTERVAL = 2.0  # seconds between two batches
+_LONGEST_PAUSE = 30.0  # seconds between two attempts to reach a store
+_SYNC_PAUSES = (0, 1, 3)
+
+
+def sync(folder: Path, uri: str | None) -> str:
+    """Send a run folder's journal to the store it was meant for, or to another, and return what was done. Local.
+
+    Raises: UserError where there is nothing to send, another process is sending, or the store does not take it all.
+    """
+    mend(folder)
+    lines = list(Reader(folder).read())
+    uris = [line["uri"] for line in lines if line and line["kind"] == "start"]
+    if not uris:
+        raise UserError(f"{folder}: the journal holds no run")
+    uri = uri or uris[-1]
+    _prepare()
+    with _alone(folder, wait=False):
+        before, reason = unsent(folder, uri, len(lines)), ""
+        for pause in _SYNC_PAUSES:
+            time.sleep(pause)
+            try:
+                Delivery(folder, uri, _warn).finish()
+            except Exception as error:  # whatever MLflow, requests, SQLAlchemy or the disk may raise
+                reason = _reason(error)
+            else:
+                return f"sync: {max(before, 0)} lines sent, {uri} has all {len(lines)} of {folder}"
+    left = unsent(folder, uri, len(lines))
+    raise UserError(f"{uri} has not taken {left} of {len(lines)} lines ({reason}); the same command sends them later")
+
+
+def follow(folder: Path, uri: str) -> None:
+    """Send the journal as it grows, until stdin gets a byte or is closed; then for GRACE seconds at most. Local."""
+    is_over = threading.Event()
+    threading.Thread(target=_wait_for_end, args=[is_over], daemon=True).start()
+    _prepare()
+    with _alone(folder, wait=True):
+        delivery, failures = Delivery(folder, uri, _warn), 0
+        while True:
+            is_last = is_over.is_set()
+            try:
+                if is_last:
+                    mend(folder)
+                    return delivery.finish()
+                delivery.send()
+                failures = 0
+            except Exception as error:  # whatever MLflow, requests, SQLAlchemy or the disk may raise
+                if not failures:
+                    _warn(f"{uri} cannot be reached; the run goes on, and its journal is sent later ({_reason(error)})")
+                failures += 1
+            if is_last:
+                time.sleep(1)
+            is_over.wait(min(_INTERVAL * 2 ** min(failures, 8), _LONGEST_PAUSE))
+
+
+def _wait_for_end(is_over: threading.Event) -> None:
+    """The run's process writes a byte at its end; if it is killed, the pipe closes."""
+    sys.stdin.buffer.read(1)
+    signal.alarm(GRACE)  # ends this process, whatever it waits for
+    is_over.set()
+
+
+def _prepare() -> None:
+    """Without MLflow's own retries, which take minutes for each request, its warnings and its statistics."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+@contextmanager
+def _alone(folder: Path, wait: bool) -> Iterator[None]:
+    """Hold the run folder's lock for senders. Raises: UserError where another has it, and `wait` is not set."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"{folder} is being sent by another process; try again when that has ended") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _reason(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def _warn(message: str) -> None:
+    print(f"\nwarning: tracking: {message}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # meant for the run, which says when it is over
+        signal.signal(number, signal.SIG_IGN)
+    follow(Path(sys.argv[1]), sys.argv[2])

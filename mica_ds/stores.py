@@ -1,0 +1,64 @@
+"""MLflow's tracking URIs: which ones are taken, and what they mean on this machine."""
+
+import os
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from mica_ds.errors import UserError
+
+SQLITE = "sqlite:///"
+# Not MLflow's own files: they would keep a value twice that is sent twice, and MLflow (3.17) refuses them by default.
+_SERVERS = ("http", "https", "databricks")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a URI that MLflow has no store for, or that holds a password. Local.
+
+    Raises: UserError, without the password.
+    """
+    try:
+        parts = urlsplit(uri)
+        secrets = [parts.password, *parse_qs(parts.query).get("password", [])]
+    except ValueError:
+        raise UserError("tracking.uri is no valid address") from None
+    scheme = (parts.scheme or uri).partition("+")[0]  # postgresql+psycopg2
+    is_server = scheme in _SERVERS
+    if any(secrets) or (is_server and parts.username):
+        instead = (
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment"
+            if is_server
+            else "keep it where the database's client looks for it (PGPASSWORD, ~/.pgpass), or use an `mlflow server`"
+        )
+        raise UserError(f"tracking.uri holds a secret, which the run folder would keep: take it out, and {instead}")
+    if not is_server and (scheme not in _DATABASES or not uri.removeprefix(SQLITE).strip("/")):
+        named = "" if "@" in uri else f" {uri}"
+        raise UserError(f"tracking.uri:{named} is no store that MLflow knows; use sqlite:///FILE or http://HOST:PORT")
+    if scheme == "sqlite" and not uri.startswith(SQLITE):
+        raise UserError(f"tracking.uri: {uri} names no file; write {SQLITE}FILE")
+
+
+def resolve_uri(uri: str) -> str:
+    """The URI with the absolute path of its SQLite file, so that it means the same in any folder. Local."""
+    database = database_file(uri)
+    return f"{SQLITE}{database}" if database else uri
+
+
+def database_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite store's file; None for other stores. Local."""
+    return Path(uri.removeprefix(SQLITE)).absolute() if uri.startswith(SQLITE) else None
+
+
+def check_folder(uri: str) -> None:
+    """Refuse a SQLite store whose folder cannot be there, or not be written. Local. Raises: UserError."""
+    database = database_file(uri)
+    if database is None:
+        return
+    existing = next(folder for folder in database.parents if os.path.lexists(folder))
+    if database.is_dir() or not existing.is_dir():
+        raise UserError(
+            f"tracking.uri: {database} cannot be a file: {database if database.is_dir() else existing} is "
+            f"{'a' if database.is_dir() else 'no'} folder"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"tracking.uri: the folder {existing} cannot be written; choose another, or a server")

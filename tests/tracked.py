@@ -1,0 +1,50 @@
+"""A program for the tests and benchmarks: a loop of one process that tracks like a training, and takes as long.
+
+Arguments: the config, the number of steps, the seconds of each. Prints the share of a step that tracking took (the
+median and the highest), and the seconds that the end took.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mica_ds.config import load_config
+from mica_ds.tracking import Tracker
+
+SPECIAL = {2: math.inf, 3: -math.inf, 4: math.nan}
+
+
+def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    config = load_config(Path(file), list(overrides))
+    config.output_dir.mkdir(exist_ok=True)
+    shares = []
+    with Tracker(config) as tracker:
+        for step in range(int(steps)):
+            started = time.perf_counter()
+            time.sleep(float(seconds))
+            worked = time.perf_counter()
+            values = {"loss": SPECIAL.get(step, 1 / (step + 1)), "learning_rate": 1e-3, "grad_norm": 0.1 * step}
+            tracker.metrics(values, step)
+            ended = time.perf_counter()
+            shares.append((ended - worked) / (ended - started))
+            print(step, flush=True)
+        adapter = Path(file).with_name("adapter")
+        adapter.mkdir(exist_ok=True)
+        (adapter / "adapter_config.json").write_text("{}")
+        tracker.artifact(Path(file))
+        tracker.artifact(adapter, under="adapter")
+        if config.tracking.register_as:
+            tracker.register(config.tracking.register_as, under="adapter")
+        ended = time.perf_counter()
+    found = {"median": statistics.median(shares), "highest": max(shares), "end": time.perf_counter() - ended}
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
