@@ -111,8 +111,8 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     fingerprint, tags = manifest(run)["fingerprint"], found.data.tags
     assert tags["fingerprint.basis"] == fingerprint != tags["fingerprint.model"]
     assert tags["attempt.1.version.torch"] == torch.__version__
-    commit = start(["git", "rev-parse", "HEAD"]).output.strip()
-    assert tags["attempt.1.git.commit"] == commit
+    commit = start(["git", "rev-parse", "HEAD"])
+    assert tags.get("attempt.1.git.commit") == (commit.output.strip() if commit.codes == [0] else None)
     adapter = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "adapter")}
     assert "adapter/adapter_model.safetensors" in adapter
 
