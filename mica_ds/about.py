@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import os
+import platform
 import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-_SHOWN = ("mica_ds", "torch", "deepspeed", "transformers", "peft", "accelerate", "datasets", "mlflow")
+_SHOWN = ("mica_ds", "torch", "deepspeed", "transformers", "peft", "numpy", "accelerate", "datasets", "mlflow")
 _JOB = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID")
 
 
@@ -18,7 +19,8 @@ def environment() -> str:
 
 def about() -> dict[str, str]:
     """What may differ between the starts of one run: versions, commit, job. Local."""
-    facts = {f"version.{name}": importlib.metadata.version(name) for name in _SHOWN}
+    facts = {"version.python": platform.python_version()}
+    facts |= {f"version.{name}": importlib.metadata.version(name) for name in _SHOWN}
     facts |= {key.lower().replace("_", ".", 1): os.environ[key] for key in _JOB if key in os.environ}
     return facts | _commit()
 

@@ -29,7 +29,7 @@ Overrides = Annotated[
 ]
 
 
-def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
+def _run(verb: str, config: Path, overrides: list[str] | None, **options: bool) -> None:
     from mica_ds import comm  # imports torch, which `sync` needs not wait for
 
     def main() -> None:
@@ -39,7 +39,7 @@ def _run(verb: str, config: Path, overrides: list[str] | None) -> None:
             settings = load_config(config, overrides)
         comm.watch(settings.patience, memory.hint(settings))
         with memory.explained(settings):
-            getattr(recipe, verb)(settings)
+            getattr(recipe, verb)(settings, **options)
 
     comm.run(main)
 
@@ -66,6 +66,16 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def export(config: ConfigFile, overrides: Overrides = None) -> None:
     """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
     _run("export", config, overrides)
+
+
+@app.command()
+def doctor(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the table.")] = False,
+) -> None:
+    """Check everything that a run needs, on all its ranks, without loading a weight."""
+    _run("doctor", config, overrides, as_json=as_json)
 
 
 @app.command()

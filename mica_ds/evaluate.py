@@ -52,7 +52,7 @@ class Evaluator:
         self._batch_tokens = settings.batch_tokens
         self._padding = tokenizer.eos_token_id
         with comm.failing_together():
-            self._questions = _read_questions(settings, tokenizer)
+            self._questions = read_questions(settings, tokenizer)
             self._held_out = _read_held_out(settings, tokenizer, sequence_length)
 
     @property
@@ -142,8 +142,11 @@ def _batch_losses(model: nn.Module, sequences: list[Sequence], padding: int) -> 
     return losses.double().sum(dim=1).tolist()
 
 
-def _read_questions(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Each question with its options as sequences in which the option's tokens alone are scored."""
+def read_questions(settings: EvaluateSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Each question with its options as sequences in which the option's tokens alone are scored. Local.
+
+    Raises: UserError where the file cannot be read, or a question is malformed.
+    """
     if settings.questions is None:
         return []
     questions = []

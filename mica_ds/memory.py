@@ -36,7 +36,7 @@ def explained(config: Config) -> Iterator[None]:
         modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
         phase = next((phase for module, phase in _PHASES.items() if module in modules), "working")
         found = re.search(r"allocate (\d+) bytes", str(error)) or re.search(r"allocate ([\d.]+ \wiB)", str(error))
-        asked = "" if found is None else f" for another {_size(int(found[1])) if found[1].isdigit() else found[1]}"
+        asked = "" if found is None else f" for another {readable(int(found[1])) if found[1].isdigit() else found[1]}"
         where = f"rank {comm.rank()} (host {socket.gethostname()})"
         raise UserError(f"{where} ran out of memory while {phase}{asked}: {_advice(config, phase)}") from None
 
@@ -63,11 +63,11 @@ def _advice(config: Config, phase: str) -> str:
         config.model.path, local_files_only=True, trust_remote_code=False
     ).get_text_config()
     model = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
-    share = f"a rank's part of the model is {_size(model / comm.world_size())}"
+    share = f"a rank's part of the model is {readable(model / comm.world_size())}"
     offload = "take more ranks, or offload by `deepspeed` (configs/deepspeed/)"
     if phase == "evaluating":
         batch = config.evaluate.batch_tokens
-        logits = _size(4 * batch * text.vocab_size)
+        logits = readable(4 * batch * text.vocab_size)
         return f"evaluate.batch_tokens={batch} has logits of {logits} ({text.vocab_size} a token, fp32); lower it"
     if phase == "training":
         batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
@@ -77,12 +77,13 @@ def _advice(config: Config, phase: str) -> str:
         recompute = "" if is_recomputed else ", or set train.activation_checkpointing=true"
         return (
             f"train.per_device_train_batch_size={batch} × data.sequence_length={length} keeps about "
-            f"{_size(batch * length * token)} of activations: lower either{recompute}; {share}: {offload}"
+            f"{readable(batch * length * token)} of activations: lower either{recompute}; {share}: {offload}"
         )
     if phase == "computing bases":
         return "a rank holds one weight and its fp64 factors at a time: run fewer ranks a node, or basis.exchange=gram"
     return f"{share}: {offload}"
 
 
-def _size(size: float) -> str:
+def readable(size: float) -> str:
+    """Bytes as people say them. Local."""
     return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / (1 << 20):.1f} MiB"

@@ -23,6 +23,7 @@ from mica_ds.basis import Basis, build_basis, warnings
 from mica_ds.checkpoint import read_history, tensor_files
 from mica_ds.config import Config, fixed_settings, save_config
 from mica_ds.data import build_dataset
+from mica_ds.doctor import examine, print_results
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
@@ -161,6 +162,17 @@ def export(config: Config) -> None:
             if checkpoint is None:
                 raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
             comm.say(f"export: {export_checkpoint(config, checkpoint)}")
+
+
+def doctor(config: Config, as_json: bool) -> None:
+    """Check machine, links, files and settings on every rank, and print what is wrong with what. Collective."""
+    results = examine(config)
+    if comm.is_main():
+        print_results(results, as_json)
+    if failed := [result.name for result in results if not result.is_good]:
+        error = UserError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
+        error.agreed = True
+        raise error
 
 
 def _open_run_folder(config: Config) -> Path:

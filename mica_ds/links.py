@@ -1,0 +1,168 @@
+"""Between ranks: whether they are alike, and whether their collectives are right and their links fast.
+
+A look is taken on each rank; a judgement compares what all ranks have seen. Collectives go through `deepspeed.comm`, as
+the training's do: NCCL on GPUs, gloo on CPUs.
+"""
+
+import os
+import socket
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from deepspeed import comm as training
+
+from mica_ds import comm
+from mica_ds.errors import UserError
+
+_APART = 1.0  # seconds by which clocks may differ
+_BLOCK = 256  # elements that each rank gives to each other in a trial
+_TURNS = 20  # exchanges of one element for a latency
+_LARGE = 8 << 20  # elements (32 MiB) of an exchange for a bandwidth
+
+Judgement = tuple[str, dict[int, str]]
+"""What was found in all, and what is wrong by rank."""
+Pairs = tuple[str, dict[int, tuple[float, float]]]
+"""A rank's host, and by partner the seconds of a small exchange and the bytes/s of a large one, each way."""
+
+
+def alike(seen: list[dict[str, str]]) -> Judgement:
+    """Which ranks differ from most others, or from rank 0 where there is no majority. Local."""
+    keys = list(dict.fromkeys(key for facts in seen for key in facts))
+    usual = {key: Counter(facts.get(key, "none") for facts in seen).most_common(1)[0][0] for key in keys}
+    faults = {}
+    for rank, facts in enumerate(seen):
+        mine = {key: facts.get(key, "none") for key in keys}
+        if different := [f"{key} {mine[key]} instead of {usual[key]}" for key in keys if mine[key] != usual[key]]:
+            faults[rank] = ", ".join(different)
+    return ", ".join(f"{key} {value}" for key, value in usual.items()), faults
+
+
+def clocks_agree(seen: list[float]) -> Judgement:
+    """Which clocks (seconds, read at one moment) are more than a second from the middle one. Local."""
+    middle = statistics.median_low(seen)
+    faults = {rank: f"{now - middle:+.1f} s" for rank, now in enumerate(seen) if abs(now - middle) > _APART}
+    return f"{max(seen) - min(seen):.2f} s apart", faults
+
+
+def try_collectives() -> str:
+    """Check each collective that training uses on numbers whose result is known exactly. Collective.
+
+    Raises: UserError that names those with a wrong result on this rank.
+    """
+    trials = list(_trials())
+    wrong = [name for name, expected, found in trials if not torch.equal(expected, found)]
+    if wrong:
+        raise UserError(f"wrong result of {', '.join(wrong)}")
+    return f"{', '.join(name for name, *_ in trials)}: right on {comm.world_size()} ranks"
+
+
+def time_pairs() -> Pairs:
+    """Time exchanges with both neighbours in the ring of ranks. Collective; about 1 GB a rank."""
+    ranks, rank = comm.world_size(), comm.rank()
+    ring = [(first, (first + 1) % ranks) for first in range(ranks if ranks > 2 else ranks - 1)]
+    found = {}
+    # The same order on all ranks, in which neighbours of neighbours exchange side by side.
+    for pair in sorted(ring, key=lambda pair: (pair[0] % 2, pair)):
+        if rank in pair:
+            partner = pair[1 - pair.index(rank)]
+            measured = _time_pair(partner)
+            if rank == pair[0]:
+                found[partner] = measured
+    return socket.gethostname(), found
+
+
+def pairs_are_even(seen: list[Pairs]) -> Judgement:
+    """Which pairs have less than half of the usual bandwidth within a node, or between nodes. Local."""
+    found: list[str] = []
+    faults: dict[int, str] = {}
+    for is_within, kind in ((True, "within a node"), (False, "between nodes")):
+        pairs = {
+            (first, second): times
+            for first, (host, partners) in enumerate(seen)
+            for second, times in partners.items()
+            if (host == seen[second][0]) is is_within
+        }
+        if not pairs:
+            continue
+        latencies, speeds = zip(*pairs.values(), strict=True)
+        usual = statistics.median_high(speeds)
+        found.append(
+            f"{kind} {_gigabytes(min(speeds))} to {_gigabytes(max(speeds))} GB/s, "
+            f"{min(latencies) * 1e6:.0f} to {max(latencies) * 1e6:.0f} µs"
+        )
+        for pair, (_, speed) in pairs.items():
+            if speed < usual / 2:
+                slow = (
+                    f"ranks {pair[0]} and {pair[1]} exchange {_gigabytes(speed)} GB/s, usual {kind} {_gigabytes(usual)}"
+                )
+                faults |= {rank: "; ".join(filter(None, (faults.get(rank), slow))) for rank in pair}
+    return "; ".join(found) or "a single rank", faults
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU; in any thread. Local."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each collective's name, the result that is due on this rank, and the one that came."""
+    ranks, rank, place = comm.world_size(), comm.rank(), device()
+
+    def given(by: int) -> torch.Tensor:
+        return (torch.arange(ranks * _BLOCK, device=place) % 7 + by).float()  # small integers: sums are exact
+
+    summed = sum((given(by) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
+    reduced = given(rank)
+    training.all_reduce(reduced)
+    yield "all_reduce", summed, reduced
+    gathered = torch.empty(ranks * ranks * _BLOCK, device=place)
+    training.all_gather_into_tensor(gathered, given(rank))
+    yield "all_gather_into_tensor", torch.cat([given(by) for by in range(ranks)]), gathered
+    scattered = torch.empty(_BLOCK, device=place)
+    training.reduce_scatter_tensor(scattered, given(rank))
+    yield "reduce_scatter_tensor", summed.chunk(ranks)[rank], scattered
+    sent = given(rank)
+    training.broadcast(sent, ranks - 1)
+    yield "broadcast", given(ranks - 1), sent
+    swapped = torch.empty(ranks * _BLOCK, device=place)
+    training.all_to_all_single(swapped, given(rank))
+    yield "all_to_all_single", torch.cat([given(by).chunk(ranks)[rank] for by in range(ranks)]), swapped
+    if ranks > 1:  # the bases' own way
+        left, right = (rank - 1) % ranks, (rank + 1) % ranks
+        came = torch.empty(ranks * _BLOCK)
+        comm.wait([comm.send(given(rank).cpu(), right, tag=0), comm.receive(came, left, tag=0)])
+        yield "send and receive", given(left).cpu(), came
+
+
+def _time_pair(partner: int) -> tuple[float, float]:
+    small, large = _exchange(partner, 1), _exchange(partner, _LARGE)
+    small(), large()  # connects, and waits for the partner
+    latency = _seconds(lambda: [small() for _ in range(_TURNS)]) / _TURNS
+    return latency, 4 * _LARGE / min(_seconds(large) for _ in range(3))
+
+
+def _exchange(partner: int, length: int) -> Callable[[], None]:
+    place = device()
+    out, into = torch.ones(length, device=place), torch.empty(length, device=place)
+
+    def exchange() -> None:
+        both = [training.P2POp(training.isend, out, partner), training.P2POp(training.irecv, into, partner)]
+        for work in training.batch_isend_irecv(both):
+            work.wait()
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+
+    return exchange
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _gigabytes(speed: float) -> str:
+    return f"{speed / 1e9:.2g}"
