@@ -188,7 +188,11 @@ def tracker(config: Config) -> str:
             with closing(sqlite3.connect(database, timeout=2)) as opened:
                 opened.execute("BEGIN IMMEDIATE")
     except Exception as error:  # whatever MLflow, requests, SQLAlchemy or sqlite3 may raise
-        raise UserError(f"tracking.uri: {uri} cannot be used: {str(error).strip().splitlines()[0]}") from None
+        while error.__context__:  # MLflow (3.17) repeats in its message those of three other libraries
+            error = error.__context__  # type: ignore[assignment]
+        raise UserError(
+            f"tracking.uri: {uri} cannot be used: {next(iter(str(error).splitlines()), repr(error))}"
+        ) from None
     return f"{uri} answers" if database is None else f"{database} can be written"
 
 
@@ -204,7 +208,6 @@ def deepspeed_settings(config: Config) -> str:
     """Whether the settings go with this number of ranks, and with how they lie on the nodes."""
     steps, ranks, rank = accumulation_steps(config), comm.world_size(), comm.rank()
     check_parallelism(config, read_model_config(config.model.path))
-    training_arguments(config, steps)
     zero = read_deepspeed(config)["zero_optimization"]
     group = min(zero.get("zero_hpz_partition_size", 1), ranks)
     first_of_node = rank - int(os.environ["LOCAL_RANK"])
@@ -213,6 +216,7 @@ def deepspeed_settings(config: Config) -> str:
     for section in ("offload_param", "offload_optimizer"):
         if zero.get(section, {}).get("device") == "nvme":
             _check_nvme(config, section, zero[section])
+    training_arguments(config, steps)
     return f"{config.deepspeed.name} goes with {ranks} ranks, gradient accumulation {steps}"
 
 

@@ -103,6 +103,7 @@ def _checks(config: Config, token: str) -> list[Check]:
             links.time_pairs,
             "check cable, port and driver (ibstat, nvidia-smi topo -m), or leave the node out",
             links.pairs_are_even,
+            limit=30,
         ),
         Check(
             "compiled ops",
@@ -158,5 +159,5 @@ def _told(faults: dict[int, str], hosts: list[str]) -> str:
     for fault in dict.fromkeys(faults.values()):
         ranks = [rank for rank in faults if faults[rank] == fault]
         where = ", ".join(f"{rank} (host {hosts[rank]})" for rank in ranks)
-        parts.append(f"{'all ranks' if len(ranks) == len(hosts) > 1 else f'rank {where}'}: {fault}")
+        parts.append(f"all ranks: {fault}" if len(ranks) == len(hosts) > 1 else f"rank {where}: {fault}")
     return "; ".join(parts)

@@ -95,9 +95,8 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
         )
         for pair, (_, speed) in pairs.items():
             if speed < usual / 2:
-                slow = (
-                    f"ranks {pair[0]} and {pair[1]} exchange {_gigabytes(speed)} GB/s, usual {kind} {_gigabytes(usual)}"
-                )
+                here, normal = _gigabytes(speed), _gigabytes(usual)
+                slow = f"ranks {pair[0]} and {pair[1]} exchange {here} GB/s, usual {kind} are {normal}"
                 faults |= {rank: "; ".join(filter(None, (faults.get(rank), slow))) for rank in pair}
     return "; ".join(found) or "a single rank", faults
 
@@ -165,4 +164,4 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _gigabytes(speed: float) -> str:
-    return f"{speed / 1e9:.2g}"
+    return f"{speed / 1e9:.3g}"

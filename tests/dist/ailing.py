@@ -1,0 +1,54 @@
+"""A program for the tests: `mica_ds` on ranks of which one is ill in several ways, named in AILMENTS (JSON)."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mica_ds import cli, comm
+
+
+def main() -> None:
+    """AILMENTS: the `rank`, a folder of other `versions`, seconds by which its `clock` is ahead, its own `output_dir`,
+    a `collective` whose result it gets wrong, a `link` (rank) that is slow for it, and whether it finds `no_compiler`
+    or `hangs` in that collective.
+    """
+    ailments = json.loads(os.environ["AILMENTS"])
+    if str(ailments["rank"]) == os.environ["RANK"]:
+        sys.path.insert(0, ailments["versions"])
+        sys.argv.append(f"output_dir={ailments['output_dir']}")
+        run = comm.run
+        comm.run = lambda verb: run(lambda: _fall_ill(verb, ailments))  # type: ignore[assignment]
+    cli.app()
+
+
+def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
+    from deepspeed import comm as training
+
+    now, collective, exchange = time.time, getattr(training, ailments["collective"]), training.batch_isend_irecv
+
+    def wrong(output: torch.Tensor, *args: Any) -> None:
+        if ailments["hangs"]:
+            time.sleep(1000)
+        collective(output, *args)
+        output[-1] += 1
+
+    def slow(operations: list[Any]) -> Any:
+        if operations[0].peer == ailments["link"] and operations[0].tensor.numel() > 1:
+            time.sleep(1)
+        return exchange(operations)
+
+    time.time = lambda: now() + ailments["clock"]  # type: ignore[method-assign]
+    setattr(training, ailments["collective"], wrong)
+    training.batch_isend_irecv = slow
+    if ailments["no_compiler"]:
+        os.environ["PATH"] = ""
+    verb()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Single checks of `mica-ds doctor` without ranks; `tests/dist/test_doctor.py` breaks a cluster."""
+
+import json
+import os
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from mica_ds import checks, comm
+from mica_ds.config import load_config
+from mica_ds.doctor import Check, _look
+from mica_ds.errors import UserError
+from mica_ds.links import alike, clocks_agree, pairs_are_even
+
+from .conftest import ROOT, write_nvme_settings
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "rank", lambda: 0)
+    monkeypatch.setattr(comm, "world_size", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def test_the_minority_differs_and_without_one_rank_0_is_right() -> None:
+    assert alike([{"torch": "2"}, {"torch": "2"}, {"torch": "1"}]) == ("torch 2", {2: "torch 1 instead of 2"})
+    assert alike([{"torch": "1"}, {"torch": "2"}, {"torch": "2"}])[1] == {0: "torch 1 instead of 2"}
+    assert alike([{"torch": "2"}, {}])[1] == {1: "torch none instead of 2"}
+
+
+def test_clocks_may_differ_by_a_second() -> None:
+    assert clocks_agree([10.0, 10.9, 9.2]) == ("1.70 s apart", {})
+    assert clocks_agree([10.0, 10.1, 8.5])[1] == {2: "-1.5 s"}
+
+
+def test_a_slow_pair_is_found_among_its_own_kind() -> None:
+    fast, slow = (1e-5, 200e9), (1e-5, 20e9)
+    even = [("n1", {1: fast}), ("n1", {2: slow}), ("n2", {3: fast}), ("n2", {0: slow})]
+    detail, faults = pairs_are_even(even)
+    assert detail == "within a node 200 to 200 GB/s, 10 to 10 µs; between nodes 20 to 20 GB/s, 10 to 10 µs"
+    assert faults == {}
+    even[1] = ("n1", {2: (1e-5, 5e9)})
+    fault = "ranks 1 and 2 exchange 5 GB/s, usual between nodes are 20"
+    assert pairs_are_even(even)[1] == {1: fault, 2: fault}
+
+
+def test_a_look_that_hangs_or_raises_is_a_finding() -> None:
+    released = threading.Event()
+    assert _look(Check("stuck", released.wait, "", limit=0.1)) == (None, "nothing came of it in 0.1 s")
+    released.set()
+    assert _look(Check("broken", lambda: 1 / 0, "")) == (None, "ZeroDivisionError: division by zero")
+    assert _look(Check("sound", lambda: 1, "")) == (1, "")
+
+
+def test_room_is_asked_for_by_the_size_of_checkpoints(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = load_config(tiny_config(adapter={"method": "full"}), [f"output_dir={disk}/run"])
+    assert "have room" in checks.room(config)
+    if os.system(f"mount -t tmpfs -o size=1m tmpfs {disk} 2>/dev/null"):
+        pytest.skip("only root may mount the small disk")
+    try:
+        with pytest.raises(UserError, match=r"1\.0 MiB free in .*disk, but 4 checkpoints of"):
+            checks.room(config)
+    finally:
+        os.system(f"umount {disk}")
+
+
+def test_checkpoints_of_the_demonstration_have_the_size_of_the_readme() -> None:
+    config = load_config(ROOT / "configs/demonstration.yaml")
+    if not config.model.path.is_dir():
+        pytest.skip("run `python launch/prepare_model.py` first: it makes the real model")
+    assert round(checks.checkpoint_bytes(config) / 1e6) == 39
+
+
+def test_nvme_needs_its_folder_and_its_buffers(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "training_arguments", lambda *_: None)  # needs a process group
+    file = write_nvme_settings(tmp_path, 4_000_000)
+    config = load_config(tiny_config(deepspeed=str(file)))
+    assert "goes with 1 ranks" in checks.deepspeed_settings(config)
+    for section, key, value, message in (
+        ("offload_param", "nvme_path", "/nowhere", "nvme_path: /nowhere is no folder"),
+        ("offload_param", "buffer_size", 1000, "less than the largest partition, 1966080"),
+        ("offload_optimizer", "buffer_count", 4, "buffer_count must be above 4"),
+    ):
+        settings = json.loads(write_nvme_settings(tmp_path, 4_000_000).read_text())
+        settings["zero_optimization"][section][key] = value
+        file.write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=message):
+            checks.deepspeed_settings(config)
+
+
+def test_a_global_batch_that_the_ranks_cannot_divide(tiny_config: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"data\.global_batch=3 is not divisible"):
+        checks.deepspeed_settings(load_config(tiny_config(data={"global_batch": 3})))
+
+
+def test_a_locked_store_is_found(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(tiny_config())
+    assert "can be written" in checks.tracker(config)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as opened:
+        opened.execute("CREATE TABLE runs (id)")
+        assert "can be written" in checks.tracker(config)
+        opened.execute("BEGIN IMMEDIATE")
+        with pytest.raises(UserError, match="database is locked"):
+            checks.tracker(config)
+
+
+def test_a_gpu_that_refuses_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho GPU-1, 570.1, Default\necho GPU-2, 570.1, Prohibited\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert checks._driver("1") == {"driver": "570.1", "compute mode": "Default"}
+    with pytest.raises(UserError, match="GPU 2 has the compute mode Prohibited"):
+        checks._driver("2")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="nvidia-smi does not run"):
+        checks._driver("1")
+
+
+def test_ops_that_cannot_be_compiled(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = shutil.which("c++")
+    assert compiler
+    (tmp_path / "c++").symlink_to(compiler)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="deepspeed_shm_comm cannot be compiled: .* ninja not being installed"):
+        checks.compiled_ops(load_config(tiny_config()))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler"):
+        checks.compiled_ops(load_config(tiny_config()))
