@@ -60,7 +60,7 @@ def try_collectives() -> str:
 
 
 def time_pairs() -> Pairs:
-    """Time exchanges with both neighbours in the ring of ranks. Collective; about 1 GB a rank."""
+    """Time exchanges with both neighbours in the ring of ranks. Collective; about 270 MB a rank, each way."""
     ranks, rank = comm.world_size(), comm.rank()
     ring = [(first, (first + 1) % ranks) for first in range(ranks if ranks > 2 else ranks - 1)]
     found = {}

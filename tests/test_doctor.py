@@ -134,8 +134,8 @@ def test_ops_that_cannot_be_compiled(
     assert compiler
     (tmp_path / "c++").symlink_to(compiler)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="deepspeed_shm_comm cannot be compiled: .* ninja not being installed"):
+    with pytest.raises(UserError, match=r"deepspeed_shm_comm cannot be compiled: .* ninja not being installed"):
         checks.compiled_ops(load_config(tiny_config()))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="no C\\+\\+ compiler"):
+    with pytest.raises(UserError, match=r"no C\+\+ compiler"):
         checks.compiled_ops(load_config(tiny_config()))
