@@ -14,8 +14,8 @@ from mica_ds import cli, comm
 
 def main() -> None:
     """AILMENTS: the `rank`, a folder of other `versions`, seconds by which its `clock` is ahead, its own `output_dir`,
-    a `collective` whose result it gets wrong, a `link` (rank) that is slow for it, and whether it finds `no_compiler`
-    or `hangs` in that collective.
+    a `collective` whose result it gets wrong, a `link` (rank) that is slow for it, and whether it has `one_core`, finds
+    `no_compiler` or `hangs` in that collective.
     """
     ailments = json.loads(os.environ["AILMENTS"])
     if str(ailments["rank"]) == os.environ["RANK"]:
@@ -45,6 +45,8 @@ def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
     time.time = lambda: now() + ailments["clock"]  # type: ignore[method-assign]
     setattr(training, ailments["collective"], wrong)
     training.batch_isend_irecv = slow
+    if ailments["one_core"]:
+        os.sched_setaffinity(0, {0})
     if ailments["no_compiler"]:
         os.environ["PATH"] = ""
     verb()
