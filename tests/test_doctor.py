@@ -89,7 +89,7 @@ def test_nvme_needs_its_folder_and_its_buffers(
     for section, key, value, message in (
         ("offload_param", "nvme_path", "/nowhere", "nvme_path: /nowhere is no folder"),
         ("offload_param", "buffer_size", 1000, "less than the largest partition, 1966080"),
-        ("offload_optimizer", "buffer_count", 4, "buffer_count must be above 4"),
+        ("offload_optimizer", "buffer_count", 3, "buffer_count is below 4"),
     ):
         settings = json.loads(write_nvme_settings(tmp_path, 4_000_000).read_text())
         settings["zero_optimization"][section][key] = value
