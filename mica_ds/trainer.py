@@ -162,7 +162,8 @@ class RunCallback(TrainerCallback):
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
-        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
+        is_due = self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps
+        if is_due and not self.is_preempted:
             started = time.perf_counter()
             self._score(state)
             self._started += time.perf_counter() - started  # it is not training
