@@ -106,7 +106,7 @@ class Journal:
         self.write("run", id=uuid.uuid4().hex, **about)
 
     def write(self, kind: str, **content: Any) -> None:
-        """Write one line, after those that wait; microseconds."""
+        """Write one line, after those that wait; some 0.1 ms."""
         line = {"kind": kind, "time": max(time.time_ns() // 1_000_000, self._time + 1), **content}
         self._note(line)
         self._waiting += json.dumps(line).encode() + b"\n"

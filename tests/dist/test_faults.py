@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
@@ -44,6 +45,8 @@ def test_a_rank_that_raises_is_the_last_to_speak(
     assert "\n".join(lines).count("Traceback") == 1, lines
     (line,) = [line for line in lines if f"rank 0 (host {HOST}) was in " in line]
     assert f"rank 1 (host {HOST}) failed: ZeroDivisionError: division by zero" in line
+    (found,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert found.info.status == "FAILED"
 
 
 def test_a_rank_that_exits_is_named(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
