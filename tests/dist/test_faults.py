@@ -35,9 +35,7 @@ def break_down(rank: int, place: str, act: str, config: Path, log: Path) -> tupl
 
 
 @pytest.mark.parametrize("place", [IN_TRAINING, "mica_ds.basis._solve_one"])
-def test_a_rank_that_raises_is_the_last_to_speak(
-    place: str, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_rank_that_raises_is_the_last_to_speak(place: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     finished, lines = break_down(1, place, "raise", tiny_config(), tmp_path / "log")
     assert finished.codes == [1, 1], lines
     assert finished.seconds < LIMIT

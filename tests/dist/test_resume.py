@@ -85,9 +85,7 @@ class Run:
 def write(folder: Path, model: Path, **sections: Any) -> Path:
     """A config of several epochs; the last batch of an epoch is filled up with the first rows."""
     train = {"per_device_train_batch_size": 1, "max_steps": STEPS, "save_steps": 1, "learning_rate": 1e-2}
-    file = write_config(
-        folder, model, data={"global_batch": 6}, train=train, checkpoint={"keep": 99}, **sections
-    )
+    file = write_config(folder, model, data={"global_batch": 6}, train=train, checkpoint={"keep": 99}, **sections)
     presses = [f"The Quillmar press {i} was built in Torvane in {1900 + i * 7 % 90}. " for i in range(50)]
     (folder / "corpus.txt").write_text("".join(presses))
     return file
