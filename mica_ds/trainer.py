@@ -325,7 +325,8 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
-    tile_loss(model)
+    if not tile_loss(model):
+        comm.say("loss: the logits of a micro-batch are made whole, since the output head trains or bends them")
     return MicaTrainer(
         model=model,
         args=args,

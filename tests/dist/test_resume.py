@@ -261,7 +261,7 @@ def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path)
     config = write(tmp_path, tiny_model("gpt2"))
     whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
     assert whole.train(2, "train.max_steps=10").codes == [0, 0]
-    signalled = stopped.train(2, "train.max_steps=10", "train.save_steps=50", signal=[signal.SIGUSR1, 8])
+    signalled = stopped.train(2, "train.max_steps=10", "train.save_steps=50", signal=[signal.SIGTERM, 8])
     assert signalled.codes == [os.EX_TEMPFAIL] * 2, signalled.output
     assert signalled.output.count("stopped by a signal: ") == 1
     assert "Traceback" not in signalled.output
