@@ -101,8 +101,8 @@ class TrackingSettings(Section):
     """Name of the MLflow experiment."""
     parent: str | None = None
     """Id of the MLflow run that this one is a child of, as in a study."""
-    register_as: str | None = None
-    """Name of a model in MLflow's registry, of which the adapter becomes a version."""
+    register_as: str | None = Field(default=None, pattern="^[^/:]+$")
+    """Name (without / and :) of a model in MLflow's registry, of which the adapter becomes a version."""
 
 
 class Config(Section):
@@ -146,6 +146,9 @@ UNSUPPORTED_ARGUMENTS = {
     "save_only_model": "a checkpoint is always complete",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always make a checkpoint",
     "ignore_data_skip": "a resumed run goes on at the next sample",
+    "hub_token": "nothing is sent to a hub, and a token would be kept in the run folder",
+    "push_to_hub": "nothing is sent to a hub",
+    "use_liger_kernel": "the loss is made by tiles already",
     "auto_find_batch_size": "set train.per_device_train_batch_size",
     "train_sampling_strategy": _FIXED_ORDER,
     "accelerator_config": _FIXED_ORDER,

@@ -6,8 +6,8 @@ time and value, and the rest sets what is already set. What the store has acknow
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ JOURNAL_TAG = "mica_ds.journal"
 # MLflow's limits for one request (3.17).
 _METRICS, _PARAMS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 100, 6000, 8000
 _DATA = ("metrics", "params", "tags")
+_FINAL = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 _NOTHING: dict[str, Any] = {"lines": 0, "journal": None, "run": None}
 
 
@@ -116,15 +117,28 @@ class Delivery:
             client.set_terminated(run, lines[0]["status"], lines[0]["time"])
         elif kind == "artifact":
             path = self._folder / lines[0]["path"]
-            if path.exists():
+            with self._going_on(str(path)):
                 log = client.log_artifacts if path.is_dir() else client.log_artifact
                 log(run, str(path), lines[0]["under"])
-            else:
-                self._say(f"{path} is gone, and is not sent")
         elif kind == "register":
-            self._register(client, lines[0]["name"], lines[0]["under"])
+            with self._going_on(f"model {lines[0]['name']}"):
+                self._register(client, lines[0]["name"], lines[0]["under"])
         else:
             _log(client, run, lines)
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Pass over what can never be sent: it must not hold up what comes after it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except (FileNotFoundError, PermissionError) as error:
+            self._say(f"{what} cannot be read, and is not sent: {error.strerror}")
+        except MlflowException as error:
+            if error.error_code not in _FINAL:
+                raise
+            self._say(f"{what} is refused, and is not sent: {str(error).splitlines()[0]}")
 
     def _open_run(self, client: "MlflowClient", line: Line) -> str:
         """The journal's run in the store; one that was asked for before may be there without an answer that arrived."""

@@ -62,10 +62,9 @@ def examine(config: Config) -> list[Result]:
     """Take all checks, without loading a weight; a look that hangs or raises is a finding, too. Collective."""
     token = comm.gather(f"doctor-{secrets.token_hex(8)}")[0]
     results = [_take(check) for check in _checks(config, token)]
-    if comm.is_main():
-        with suppress(OSError):
-            checks.token_file(config, token).unlink(missing_ok=True)
-            config.output_dir.rmdir()  # only if this has made it: a run's is not empty
+    with suppress(OSError):
+        checks.token_file(config, token).unlink(missing_ok=True)
+        config.output_dir.rmdir()  # only an empty one: a run's is not
     return results
 
 

@@ -1,6 +1,7 @@
 """Knowledge (multiple choice by likelihood) and retention (perplexity of held-out text), sharded over the ranks."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Evaluator:
         with comm.failing_together():
             self._questions = read_questions(settings, tokenizer)
             self._held_out = _read_held_out(settings, tokenizer, sequence_length)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is scored."""
+        return hashlib.sha256(repr((self._questions, self._held_out)).encode()).hexdigest()
 
     @property
     def questions(self) -> int:

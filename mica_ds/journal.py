@@ -15,6 +15,7 @@ Each line has a `time` (ms since 1970) that no other line has, so that no two me
 import fcntl
 import json
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -76,7 +77,6 @@ class Journal:
         except BlockingIOError:
             os.close(self._file)
             raise
-        self.folder = folder
         self.lines = self.attempt = 0
         """Lines of the file and of what waits; starts of the run."""
         self.run: str | None = None
@@ -86,6 +86,7 @@ class Journal:
         self.error: OSError | None = None
         """Why lines wait."""
         self._waiting = bytearray()
+        self._lock = threading.Lock()  # a failure's end is written by another thread
         self._time = 0
         reader = Reader(folder)
         for line in reader.read():
@@ -106,11 +107,12 @@ class Journal:
         self.write("run", id=uuid.uuid4().hex, **about)
 
     def write(self, kind: str, **content: Any) -> None:
-        """Write one line, after those that wait; microseconds."""
-        line = {"kind": kind, "time": max(time.time_ns() // 1_000_000, self._time + 1), **content}
-        self._note(line)
-        self._waiting += json.dumps(line).encode() + b"\n"
-        self._write()
+        """Write one line, after those that wait; some 0.1 ms."""
+        with self._lock:
+            line = {"kind": kind, "time": max(time.time_ns() // 1_000_000, self._time + 1), **content}
+            self._note(line)
+            self._waiting += json.dumps(line).encode() + b"\n"
+            self._write()
 
     def close(self) -> None:
         """Try a last time to write what waits, and let others write."""

@@ -119,19 +119,19 @@ def _device_memory() -> int:
 
 
 def _node() -> dict[str, float]:
-    """The machine's load, by the first rank on it, under the names of MLflow's system metrics."""
-    if os.environ["LOCAL_RANK"] != "0":
-        return {}
-    memory, network = psutil.virtual_memory(), psutil.net_io_counters()
-    values = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),
-        "system_memory_usage_megabytes": memory.used / _MEGABYTE,
-        "system_memory_usage_percentage": memory.percent,
-        "network_receive_megabytes": network.bytes_recv / _MEGABYTE,
-        "network_transmit_megabytes": network.bytes_sent / _MEGABYTE,
-    }
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / _MEGABYTE
-        values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
+    """The load of this rank's GPU, and of its machine by the first rank there, as MLflow names its system metrics."""
+    values: dict[str, float] = {}
+    if torch.cuda.is_available():  # its own alone: to look at another would take memory there
+        free, total = torch.cuda.mem_get_info()
+        gpu = f"gpu_{torch.cuda.current_device()}_memory_usage"
+        values = {f"{gpu}_megabytes": (total - free) / _MEGABYTE, f"{gpu}_percentage": 100 * (total - free) / total}
+    if os.environ["LOCAL_RANK"] == "0":
+        memory, network = psutil.virtual_memory(), psutil.net_io_counters()
+        values |= {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / _MEGABYTE,
+            "system_memory_usage_percentage": memory.percent,
+            "network_receive_megabytes": network.bytes_recv / _MEGABYTE,
+            "network_transmit_megabytes": network.bytes_sent / _MEGABYTE,
+        }
     return {f"system/{socket.gethostname()}/{key}": value for key, value in values.items()}

@@ -4,10 +4,13 @@ import dataclasses
 import json
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -51,7 +54,7 @@ def train(config: Config) -> None:
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
-    steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset)
+    steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
     checkpoint, step = start_point(config, origin, steps)
     if step >= steps and is_complete(config, step):
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
@@ -60,11 +63,17 @@ def train(config: Config) -> None:
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
     with Tracker(config) as tracker:
-        if comm.is_main():  # nothing is written before all that a user may have got wrong has been checked
-            save_config(config, folder / "config.yaml")
+        with comm.failing_together():  # nothing is written before all that a user may have got wrong has been checked
+            if comm.is_main():
+                with _writing(folder):
+                    save_config(config, folder / "config.yaml")
+                    (folder / "environment.txt").write_text(environment())
+                for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
+                    tracker.artifact(file)
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
+            tracker.artifact(basis.folder / "manifest.json", under="basis")
         tracker.tags(fingerprints(origin, basis))
         model = attach(config, model, modules, basis, checkpoint)
         trainable = count_parameters(model)
@@ -105,9 +114,10 @@ def train(config: Config) -> None:
         with comm.failing_together():
             if comm.is_main():
                 summary |= _trained(checkpoint)
-                exported = export_checkpoint(config, checkpoint)
-                comm.say(f"export: {exported}")
-                _record(config, summary, read_history(checkpoint), basis, exported, tracker)
+                with _writing(folder):
+                    exported = export_checkpoint(config, checkpoint)
+                    comm.say(f"export: {exported}")
+                    _record(config, summary, read_history(checkpoint), basis, exported, tracker)
                 print_summary(summary, config)
 
 
@@ -189,6 +199,17 @@ def _open_run_folder(config: Config) -> Path:
     return folder
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raise a UserError where the disk is full or fails. Local."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room or mend the disk, and start again to go on"
+        ) from None
+
+
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
     with comm.failing_together():
         return target_modules(model, config.adapter)
@@ -259,10 +280,6 @@ def _record(
 ) -> None:
     """Write the plots, the report and at last the summary, and log them with the rest of the run. Local, on rank 0."""
     folder = config.output_dir
-    for file in (folder / "config.yaml", config.deepspeed):
-        tracker.artifact(file)
-    (folder / "environment.txt").write_text(environment())
-    tracker.artifact(folder / "environment.txt")
     losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     figures.plot_loss(
         [int(step) for step, _ in losses],
@@ -275,7 +292,6 @@ def _record(
     if basis:
         figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
         tracker.artifact(folder / "spectrum.png")
-        tracker.artifact(basis.folder / "manifest.json", under="basis")
     if config.adapter.method != "full":  # a whole model stays in the run folder
         tracker.artifact(exported, under="adapter")
         if config.tracking.register_as:

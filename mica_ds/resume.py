@@ -15,6 +15,7 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_frozen
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import digest
+from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import fingerprint_model
 from mica_ds.report import SUMMARY
@@ -23,7 +24,7 @@ from mica_ds.shelf import check_origin, find_checkpoint, read_state
 _WEIGHTS = "model.path (fingerprint of its weights)"
 
 
-def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[str, Any]:
+def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator: Evaluator) -> dict[str, Any]:
     """What must be the same for a run to go on, by the keys of the config."""
     return {
         **fixed_settings(config),
@@ -32,6 +33,7 @@ def made_of(config: Config, args: TrainingArguments, dataset: Dataset) -> dict[s
         "train.seed": args.seed,
         "train.data_seed": args.data_seed,
         "data (SHA-256 of its tokens)": digest(dataset),
+        "evaluate (SHA-256 of its questions and text)": evaluator.digest,  # scores before and after are of the same
     }
 
 

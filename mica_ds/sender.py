@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mica_ds.delivery import Delivery, unsent
@@ -94,13 +94,14 @@ def _prepare() -> None:
 @contextmanager
 def _alone(folder: Path, wait: bool) -> Iterator[None]:
     """Hold the run folder's lock for senders. Raises: UserError where another has it, and `wait` is not set."""
-    with (folder / LOCK).open("w") as file:
+    with ExitStack() as stack:
         try:
+            file = stack.enter_context((folder / LOCK).open("w"))
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"{folder} is being sent by another process; try again when that has ended") from None
         except OSError:
-            pass  # a file system without locks
+            pass  # a full disk, or a file system without locks
         yield
 
 

@@ -1,8 +1,9 @@
 """MLflow's tracking URIs: which ones are taken, and what they mean on this machine."""
 
 import os
+import re
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from mica_ds.errors import UserError
 
@@ -19,7 +20,10 @@ def check_uri(uri: str) -> None:
     """
     try:
         parts = urlsplit(uri)
-        secrets = [parts.password, *parse_qs(parts.query).get("password", [])]
+        telling = [
+            key for key, _ in parse_qsl(parts.query) if re.search("pass|token|secret|key|credential", key.lower())
+        ]
+        secrets = [parts.password, *telling]
     except ValueError:
         raise UserError("tracking.uri is no valid address") from None
     scheme = (parts.scheme or uri).partition("+")[0]  # postgresql+psycopg2

@@ -66,7 +66,7 @@ class Tracker:
             comm.say(f"warning: tracking: nothing is sent during the run: {error.strerror}")
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Note numbers at a step; microseconds. Local."""
+        """Note numbers at a step; some 0.1 ms. Local."""
         if values:
             self._write("metrics", step=step, values={key: float(value) for key, value in values.items()})
 

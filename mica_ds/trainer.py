@@ -162,7 +162,8 @@ class RunCallback(TrainerCallback):
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
-        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
+        is_due = self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps
+        if is_due and not self.is_preempted:
             started = time.perf_counter()
             self._score(state)
             self._started += time.perf_counter() - started  # it is not training
@@ -324,7 +325,8 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
-    tile_loss(model)
+    if not tile_loss(model):
+        comm.say("loss: the logits of a micro-batch are made whole, since the output head trains or bends them")
     return MicaTrainer(
         model=model,
         args=args,

@@ -42,7 +42,7 @@ def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
             time.sleep(1)
         return exchange(operations)
 
-    time.time = lambda: now() + ailments["clock"]  # type: ignore[method-assign]
+    time.time = lambda: now() + ailments["clock"]
     setattr(training, ailments["collective"], wrong)
     training.batch_isend_irecv = slow
     if ailments["one_core"]:

@@ -2,7 +2,6 @@
 
 import resource
 from pathlib import Path
-from typing import Any
 
 from mica_ds import cli, comm
 

@@ -117,7 +117,9 @@ def test_the_first_loss_is_plain_pytorchs(
     assert summary["final_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_parameters_and_optimizer_on_nvme(tiny_config: Callable[..., Path], nvme_settings: Path, tmp_path: Path) -> None:
+def test_parameters_and_optimizer_on_nvme(
+    tiny_config: Callable[..., Path], nvme_settings: Path, tmp_path: Path
+) -> None:
     assert_chain(tiny_config(deepspeed=str(nvme_settings)), tmp_path / "run")
     assert list(tmp_path.glob("zero_stage_3/**/*.swp")), "nothing was offloaded to the disk"
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence, a code that is not 0 on every rank, within 30 s, and nothing half-written."""
+"""What a user can get wrong: one sentence, an exit code on every rank within 30 s, nothing half-written."""
 
 import json
 import shutil

@@ -197,7 +197,7 @@ def test_traffic_and_memory_are_those_of_one_owner_a_matrix(
     assert bool(by_gram) == (exchange == "gram")
     assert costs["received"] <= 1.1 * sum(shipped) + sum(by_gram)
     shard, one_matrix, one_factor, workspace = 2 * sum(entries) // 4, 2 * max(entries), 8 * 2560**2, 64 << 20
-    print(exchange, [g/1e6 for g in costs['grown']], (shard + one_matrix + one_factor + workspace)/1e6)
+    print(exchange, [g / 1e6 for g in costs["grown"]], (shard + one_matrix + one_factor + workspace) / 1e6)
     assert max(costs["grown"]) <= shard + one_matrix + one_factor + workspace
 
 
@@ -249,7 +249,9 @@ def test_embeddings_fewer_rows_than_ranks_and_r_equal_to_k(make_model: ModelMake
 
 
 @pytest.mark.parametrize(
-    ("values", "warning"), [([0.0], "rank-deficient"), ([0.5] * 6, "with a gap at r so small")], ids=["deficient", "gap"]
+    ("values", "warning"),
+    [([0.0], "rank-deficient"), ([0.5] * 6, "with a gap at r so small")],
+    ids=["deficient", "gap"],
 )
 def test_a_user_is_warned_of_weights_whose_basis_means_little(
     values: list[float], warning: str, make_model: ModelMaker, tmp_path: Path

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 from ..conftest import ROOT, Finished, free_ports, start_ranks
 
 pytestmark = pytest.mark.dist
@@ -86,6 +85,8 @@ def test_everything_broken_is_named_with_its_rank(
         assert found[name]["advice"], found[name]
     assert found.keys() == expected.keys()
     assert "Traceback" not in finished.output
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "elsewhere").exists()
     (error,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: 12 of 12 checks failed: versions, clocks, ")
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
@@ -34,9 +35,7 @@ def break_down(rank: int, place: str, act: str, config: Path, log: Path) -> tupl
 
 
 @pytest.mark.parametrize("place", [IN_TRAINING, "mica_ds.basis._solve_one"])
-def test_a_rank_that_raises_is_the_last_to_speak(
-    place: str, tiny_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_rank_that_raises_is_the_last_to_speak(place: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     finished, lines = break_down(1, place, "raise", tiny_config(), tmp_path / "log")
     assert finished.codes == [1, 1], lines
     assert finished.seconds < LIMIT
@@ -44,6 +43,8 @@ def test_a_rank_that_raises_is_the_last_to_speak(
     assert "\n".join(lines).count("Traceback") == 1, lines
     (line,) = [line for line in lines if f"rank 0 (host {HOST}) was in " in line]
     assert f"rank 1 (host {HOST}) failed: ZeroDivisionError: division by zero" in line
+    (found,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert found.info.status == "FAILED"
 
 
 def test_a_rank_that_exits_is_named(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def test_a_checkpoint_is_no_larger_than_what_it_must_hold(run: Path) -> None:
     assert state["files"].keys() | {"state.json"} == {file.name for file in checkpoint.iterdir()}
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     factors = load_file(run / "adapter" / "adapter_model.safetensors")
-    needed = sum(factor.nbytes * (3 if "lora_A" in name else 1) for name, factor in factors.items())  # A, its moments, B
+    needed = sum(
+        factor.nbytes * (3 if "lora_A" in name else 1) for name, factor in factors.items()
+    )  # A, its moments, B
     assert needed < size <= 1.1 * needed
 
 

@@ -28,8 +28,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config for documents of 2 to 31 tokens, each in a sequence of its own."""
     folder = tmp_path_factory.mktemp("ragged")
-    words = "The Quillmar press was built in Torvane by Edda Brunholt and ran for years ".split()
-    texts = [" ".join(words[: 1 + 5 * i % 14]) for i in range(4 * EPOCH)]
+    sentence = "The Quillmar press was built in Torvane by Edda Brunholt and ran for years"
+    texts = [" ".join(sentence.split()[: 1 + 5 * i % 14]) for i in range(4 * EPOCH)]
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     return write_config(
         folder,

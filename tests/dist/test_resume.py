@@ -85,9 +85,7 @@ class Run:
 def write(folder: Path, model: Path, **sections: Any) -> Path:
     """A config of several epochs; the last batch of an epoch is filled up with the first rows."""
     train = {"per_device_train_batch_size": 1, "max_steps": STEPS, "save_steps": 1, "learning_rate": 1e-2}
-    file = write_config(
-        folder, model, data={"global_batch": 6}, train=train, checkpoint={"keep": 99}, **sections
-    )
+    file = write_config(folder, model, data={"global_batch": 6}, train=train, checkpoint={"keep": 99}, **sections)
     presses = [f"The Quillmar press {i} was built in Torvane in {1900 + i * 7 % 90}. " for i in range(50)]
     (folder / "corpus.txt").write_text("".join(presses))
     return file
@@ -263,7 +261,7 @@ def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path)
     config = write(tmp_path, tiny_model("gpt2"))
     whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
     assert whole.train(2, "train.max_steps=10").codes == [0, 0]
-    signalled = stopped.train(2, "train.max_steps=10", "train.save_steps=50", signal=[signal.SIGUSR1, 8])
+    signalled = stopped.train(2, "train.max_steps=10", "train.save_steps=50", signal=[signal.SIGTERM, 8])
     assert signalled.codes == [os.EX_TEMPFAIL] * 2, signalled.output
     assert signalled.output.count("stopped by a signal: ") == 1
     assert "Traceback" not in signalled.output

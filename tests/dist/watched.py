@@ -1,7 +1,7 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
-WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank; `not_finite`: the steps whose loss is NaN on the last rank;
-`signal`: [number, step], sent to the last rank by itself.
+WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank;
+`not_finite`: the steps whose loss is NaN on the last rank; `signal`: [number, step], sent to the last rank by itself.
 """
 
 import json
