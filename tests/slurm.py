@@ -13,6 +13,7 @@ import psutil
 
 from .conftest import environment, free_ports, start
 
+NODES = ("n1", "n2")
 # Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's. A requeued job
 # starts as soon as its credential has expired (2 minutes, by default), a silent node is down after 10 s.
 CONFIG = """
@@ -47,8 +48,13 @@ def obstacle() -> str | None:
         return "no SLURM here: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
         return "SLURM starts jobs as their owners: run as root"
+    return unresolved()
+
+
+def unresolved() -> str | None:
+    """The same for the names of the two nodes."""
     try:
-        for node in ("n1", "n2"):
+        for node in NODES:
             socket.gethostbyname(node)
     except OSError:
         return "the nodes have no address: echo 127.0.0.1 n1 n2 >> /etc/hosts"
@@ -112,7 +118,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         found.start_daemon("munged", munged)
         wait_until((folder / "munge.socket").exists, folder)
         found.start_daemon("slurmctld", ["slurmctld", "-D"])
-        for node in ("n1", "n2"):
+        for node in NODES:
             found.start_node(node)
         wait_until(lambda: found.run("sinfo", "--noheader", "--partition=main", "--format=%T %D") == "idle 2", folder)
         try:

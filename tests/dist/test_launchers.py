@@ -1,13 +1,15 @@
 """`mica-ds` runs alike under every launcher and alone."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mica_ds.cli import app
 
-from ..conftest import Finished, free_ports, start
+from ..conftest import ROOT, Finished, free_ports, start
+from ..remote import hosts, obstacle
 from .test_basis import manifest
 
 pytestmark = pytest.mark.dist
@@ -65,3 +67,40 @@ def test_help_names_the_purpose(verb: str) -> None:
     finished = start(["mica-ds", *verb.split(), "--help"])
     assert finished.codes == [0], finished.output
     assert PURPOSES[verb] in " ".join(finished.output.split())
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with hosts(tmp_path_factory.mktemp("hosts")) as variables:
+        yield variables
+
+
+@pytest.mark.parametrize("script", ["torchrun", "multinode"])
+def test_a_script_trains(
+    script: str, tiny_config: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
+    (tmp_path / "hosts").write_text("# two nodes\n\nn1 slots=1\nn2 slots=1\n")
+    variables = {"HOSTFILE": str(tmp_path / "hosts")} | request.getfixturevalue("remote") if script == "multinode" else {}
+    port = str(free_ports(1)[0])
+    finished = start(["bash", f"launch/{script}.sh", str(tiny_config()), "adapter.r=3"], MASTER_PORT=port, **variables)
+    assert finished.codes == [0], finished.output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
+    assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "reason"),
+    [("n1 slots=1\nn9 slots=1\n", "n9 does not answer"), ("n1\n", "gives no ranks"), ("# n1 slots=1\n", "no node")],
+)
+def test_a_wrong_hostfile_is_refused(hostfile: str, reason: str, remote: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(hostfile)
+    finished = start(["bash", "launch/multinode.sh", "any.yaml"], HOSTFILE=str(tmp_path / "hosts"), **remote)
+    assert finished.codes == [2]
+    assert reason in finished.output
+    assert finished.output.startswith("error: ")
+    assert finished.output.count("\n") == 1

@@ -27,8 +27,8 @@ class Site:
     def __init__(self, slurm: Cluster, folder: Path, model: Path) -> None:
         self.slurm, self.folder, self.jobs = slurm, folder, list[str]()
         # Steps take long enough for all to happen before the last.
-        train = {"per_device_train_batch_size": 1, "max_steps": STEPS, "save_steps": 4, "learning_rate": 1e-2}
-        self.config = write_config(folder, model, data={"global_batch": 16}, train=train)
+        train = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 4, "learning_rate": 1e-2}
+        self.config = write_config(folder, model, train=train)
         (folder / "cluster.env").write_text(FACTS)
         self.variables = {"CLUSTER_ENV": str(folder / "cluster.env"), "OMP_NUM_THREADS": "1"}
         self.variables["SBATCH_OUTPUT"] = f"{folder}/job-%j.log"
@@ -62,7 +62,7 @@ class Site:
     def outputs(self) -> dict[str, str]:
         folders = [ROOT / "runs/slurm" / job for job in self.jobs]
         logs = [*self.folder.glob("job-*.log"), *(log for folder in folders for log in folder.glob("*"))]
-        return {log.name: log.read_text(errors="replace") for log in logs}
+        return {f"{log.parent.name}/{log.name}": log.read_text(errors="replace") for log in logs}
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.run / "summary.json").read_text())
@@ -118,7 +118,7 @@ def loss(make_site: Callable[[Path], Site], tmp_path_factory: pytest.TempPathFac
     outputs = site.outputs()
     assert found["JobState"] == "COMPLETED", outputs
     host = socket.gethostname().split(".")[0]  # both nodes'
-    assert outputs.keys() == {f"job-{job}.log", f"0-{host}.log", f"1-{host}.log"}
+    assert outputs.keys() == {f"{site.folder.name}/job-{job}.log", f"{job}/0-{host}.log", f"{job}/1-{host}.log"}
     return site.summary()["final_loss"]
 
 
