@@ -14,8 +14,8 @@ import psutil
 from .conftest import environment, free_ports, start
 
 NODES = ("n1", "n2")
-# Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's. A requeued job
-# starts as soon as its credential has expired (2 minutes, by default), a silent node is down after 10 s.
+# Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's. A requeued
+# job starts as soon as its credential has expired (2 minutes, by default), a silent node is down after 10 s.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -42,6 +42,8 @@ NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
 PartitionName=urgent Nodes=n1,n2 PriorityTier=2
 """
+
+
 def obstacle() -> str | None:
     """Why the cluster cannot run here, and what to do about it."""
     if not all(map(shutil.which, ("munged", "slurmctld", "slurmd"))):

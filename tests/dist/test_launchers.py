@@ -84,7 +84,9 @@ def test_a_script_trains(
     if not (ROOT / ".venv").is_dir():
         pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
     (tmp_path / "hosts").write_text("# two nodes\n\nn1 slots=1\nn2 slots=1\n")
-    variables = {"HOSTFILE": str(tmp_path / "hosts")} | request.getfixturevalue("remote") if script == "multinode" else {}
+    variables: dict[str, str] = {}
+    if script == "multinode":
+        variables = {"HOSTFILE": str(tmp_path / "hosts"), **request.getfixturevalue("remote")}
     port = str(free_ports(1)[0])
     finished = start(["bash", f"launch/{script}.sh", str(tiny_config()), "adapter.r=3"], MASTER_PORT=port, **variables)
     assert finished.codes == [0], finished.output

@@ -76,12 +76,12 @@ class Site:
             self.slurm.run("scancel", job)
             shutil.rmtree(ROOT / "runs/slurm" / job, ignore_errors=True)
 
-    def assert_ends_as(self, job: str, loss: float, restarts: int = 1) -> None:
+    def assert_ends_as(self, job: str, loss: float, restarts: int = 1, steps: int = STEPS) -> None:
         """It ends well after so many restarts, with this loss and one MLflow run, of which each start is an attempt."""
         about = self.wait(job)
         assert (about["JobState"], about["Restarts"]) == ("COMPLETED", str(restarts)), self.outputs()
         summary = self.summary()
-        assert (summary["world_size"], summary["steps"]) == (2, STEPS)
+        assert (summary["world_size"], summary["steps"]) == (2, steps)
         assert summary["final_loss"] == pytest.approx(loss, rel=1e-5)
         (run,) = self.tracked()
         assert run.info.status == "FINISHED"
@@ -146,7 +146,7 @@ def test_a_cancelled_job(site: Site) -> None:
 
 
 def test_a_refused_pipeline(site: Site) -> None:
-    command = ["bash", "slurm/pipeline.sh", "--nodes=3", "--ntasks-per-node=1", str(site.config)]
+    command = ["bash", "slurm/pipeline.sh", "--nodes=2", "--partition=none", str(site.config)]
     output = site.slurm.run(*command, **site.variables)
     assert output.count("error: sbatch refused the job for train") == 1, output
     site.jobs.append(output.split("basis: job ")[1].split()[0])
@@ -154,31 +154,34 @@ def test_a_refused_pipeline(site: Site) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interruption", ["time limit", "preemption", "requeue", "lost node"])
+def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path], Site], tmp_path: Path) -> None:
+    longer, steps = ("train.max_steps=250",), 250  # SLURM's least limit is a minute
+    job = site.submit("--time=1", "--signal=USR1@20", settings=longer)
+    about = site.wait(job)
+    assert int(about["Restarts"]) > 0
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = make_site(tmp_path / "undisturbed")
+    undisturbed.wait(undisturbed.submit(settings=longer))
+    site.assert_ends_as(job, undisturbed.summary()["final_loss"], int(about["Restarts"]), steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", ["preemption", "requeue", "lost node"])
 def test_an_interrupted_job(interruption: str, site: Site, loss: float) -> None:
-    slurm = site.slurm
-    if interruption == "time limit":
-        # The least limit is a minute, which ends soon after the checkpoint.
-        job = site.submit("--time=1", "--signal=USR1@30", settings=("train.max_steps=100000", "train.save_steps=4"))
-        wait_until(lambda: site.show(job)["Restarts"] == "1", site.folder, LAUNCH_LIMIT)
-        slurm.run("scancel", job)
-        site.wait(job)
-        return
-    job = site.submit()
+    slurm, job = site.slurm, site.submit()
     site.wait_for_step(8)
     match interruption:
         case "preemption":
-            urgent = slurm.run("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--wrap=srun sleep 2")
-            site.assert_ends_as(job, loss)
-            assert site.state(urgent) == "COMPLETED"
+            options = ["--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 2"]
+            urgent = slurm.run("sbatch", "--parsable", *options)
+            assert site.wait(urgent)["JobState"] == "COMPLETED"
         case "requeue":
             slurm.run("scontrol", "requeue", job)
-            site.assert_ends_as(job, loss)
         case "lost node":
             slurm.lose_node("n2")
             site.wait(job, "PENDING")
             slurm.start_node("n2")
-            site.assert_ends_as(job, loss)
+    site.assert_ends_as(job, loss)
 
 
 @pytest.mark.slow
