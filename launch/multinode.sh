@@ -22,6 +22,7 @@ done 3<"$HOSTFILE"
 
 # Of the variables, DeepSpeed (0.19.8) takes only some names to the other nodes, and those of this file.
 export DS_ENV_FILE=.venv/launch.env
-env | grep -E '^(TORCH_EXTENSIONS_DIR|OMP_NUM_THREADS|HF_HOME|HF_HUB_OFFLINE|GLOO_\w+|NCCL_\w+|DEEPSPEED_TIMEOUT)=' >"$DS_ENV_FILE" || true
+taken='TORCH_EXTENSIONS_DIR|OMP_NUM_THREADS|HF_HOME|HF_HUB_OFFLINE|GLOO_\w+|NCCL_\w+|DEEPSPEED_TIMEOUT'
+env | grep -E "^($taken)=" >"$DS_ENV_FILE" || true
 exec deepspeed --hostfile "$HOSTFILE" --force_multi --no_local_rank --venv_script "$PWD/.venv/bin/activate" \
   --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" --module mica_ds train "$@"
