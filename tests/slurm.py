@@ -6,18 +6,22 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 from .conftest import environment, free_ports, start
 
-# Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's.
+NODES = ("n1", "n2")
+# Without cgroups, which containers may lack. Job IDs name folders in runs/slurm: these are no real job's. A requeued
+# job starts as soon as its credential has expired (2 minutes, by default), a silent node is down after 10 s.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser=root
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdSpoolDir={folder}/spool-%n
@@ -25,13 +29,19 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-KillWait=2
+KillWait=10
+SlurmdTimeout=10
+MessageTimeout=5
+ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=sched_interval=2,bf_interval=2
 FirstJobId={first_job}
 NodeName=n1 NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=n2 NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=main Nodes=n1,n2 Default=YES
+PartitionName=main Nodes=n1,n2 Default=YES PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 PriorityTier=2
 """
-DAEMONS = {"slurmctld": ["slurmctld", "-D"], **{node: ["slurmd", "-D", "-N", node] for node in ("n1", "n2")}}
 
 
 def obstacle() -> str | None:
@@ -40,18 +50,63 @@ def obstacle() -> str | None:
         return "no SLURM here: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
         return "SLURM starts jobs as their owners: run as root"
+    return unresolved()
+
+
+def unresolved() -> str | None:
+    """The same for the names of the two nodes."""
     try:
-        for node in ("n1", "n2"):
+        for node in NODES:
             socket.gethostbyname(node)
     except OSError:
         return "the nodes have no address: echo 127.0.0.1 n1 n2 >> /etc/hosts"
     return None
 
 
+class Cluster:
+    """A running SLURM; `variables` are what its programs need to find it."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder, self._stack = folder, stack
+        self.variables = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self, *command: str, **variables: str) -> str:
+        """The output of one of SLURM's programs, or of one that calls them."""
+        return start(list(command), **self.variables, **variables).output.strip()
+
+    def start_node(self, name: str) -> None:
+        self._nodes[name] = self.start_daemon(name, ["slurmd", "-D", "-N", name])
+
+    def lose_node(self, name: str) -> None:
+        """Kill all that runs there: the daemon, its keepers of steps and the ranks."""
+        self._nodes[name].kill()
+        processes = [process for process in psutil.process_iter() if _runs_on(process, name)]
+        keepers = {process.parent() for process in processes} - {None, *processes}
+        for process in [*keepers, *processes]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def start_daemon(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
+        """Start a daemon that ends with the cluster, not at Ctrl-C: the jobs must end before it."""
+        output = self._stack.enter_context((self.folder / f"{name}.log").open("a"))
+        daemon = subprocess.Popen(
+            command, env=environment(**self.variables), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._stack.callback(daemon.wait)
+        self._stack.callback(daemon.kill)
+        return daemon
+
+
+def _runs_on(process: psutil.Process, node: str) -> bool:
+    with suppress(psutil.Error):
+        return process.environ().get("SLURMD_NODENAME") == node
+    return False
+
+
 @contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Run SLURM in `folder`, its logs included; gives the variables its programs need, leaves no process behind."""
-    variables = {"SLURM_CONF": str(folder / "slurm.conf")}
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Run SLURM in `folder`, its logs included; leaves no process behind."""
     names = {"host": socket.gethostname(), "folder": folder, "ports": free_ports(3)}
     (folder / "slurm.conf").write_text(CONFIG.format(**names, first_job=60_000_000 + os.getpid()))
     (folder / "munge.key").touch(mode=0o600)
@@ -60,30 +115,19 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     munged = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket"]
     munged += [f"--{file}-file={folder}/munge.{file}" for file in ("key", "log", "pid", "seed")]
 
-    def query(*command: str) -> str:
-        return start(list(command), **variables).output.strip()
-
     with ExitStack() as stack:
-        _start_daemon(stack, munged, folder / "munged.log", variables)
+        found = Cluster(folder, stack)
+        found.start_daemon("munged", munged)
         wait_until((folder / "munge.socket").exists, folder)
-        for name, command in DAEMONS.items():
-            _start_daemon(stack, command, folder / f"{name}.log", variables)
-        wait_until(lambda: query("sinfo", "--noheader", "--format=%T %D") == "idle 2", folder)
+        found.start_daemon("slurmctld", ["slurmctld", "-D"])
+        for node in NODES:
+            found.start_node(node)
+        wait_until(lambda: found.run("sinfo", "--noheader", "--partition=main", "--format=%T %D") == "idle 2", folder)
         try:
-            yield variables
+            yield found
         finally:  # what a test has left running would outlive the daemons
-            query("scancel", "--me")
-            wait_until(lambda: not query("squeue", "--noheader"), folder)
-
-
-def _start_daemon(stack: ExitStack, command: list[str], log: Path, variables: dict[str, str]) -> None:
-    """Start a daemon that ends with the stack, not at Ctrl-C: the jobs must end before it."""
-    output = stack.enter_context(log.open("w"))
-    daemon = subprocess.Popen(
-        command, env=environment(**variables), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    stack.callback(daemon.wait)
-    stack.callback(daemon.kill)
+            found.run("scancel", "--me")
+            wait_until(lambda: not found.run("squeue", "--noheader"), folder)
 
 
 def wait_until(is_done: Callable[[], bool], folder: Path, limit: float = 30) -> None:

@@ -1,8 +1,6 @@
-"""`mica-ds` runs alike under every launcher and alone, and in the SLURM job that the repository ships."""
+"""`mica-ds` runs alike under every launcher and alone."""
 
 import json
-import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +8,8 @@ import pytest
 
 from mica_ds.cli import app
 
-from ..conftest import LAUNCH_LIMIT, ROOT, Finished, free_ports, start
-from ..slurm import cluster, obstacle, wait_until
+from ..conftest import ROOT, Finished, free_ports, start
+from ..remote import hosts, obstacle
 from .test_basis import manifest
 
 pytestmark = pytest.mark.dist
@@ -35,15 +33,6 @@ def under(*launchers: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("launcher", [pytest.param(name, marks=marks.get(name, ())) for name in launchers])
 
 
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The variables with which SLURM's programs find a running cluster."""
-    if reason := obstacle():
-        pytest.skip(reason)
-    with cluster(tmp_path_factory.mktemp("slurm")) as variables:
-        yield variables
-
-
 @pytest.fixture
 def launch(request: pytest.FixtureRequest) -> Launch:
     """Runs `mica-ds` under a launcher."""
@@ -52,7 +41,7 @@ def launch(request: pytest.FixtureRequest) -> Launch:
         [port] = free_ports(1)
         variables: dict[str, str] = {}
         if launcher == "srun":
-            variables = {"MASTER_ADDR": "n1", "MASTER_PORT": str(port), **request.getfixturevalue("slurm")}
+            variables = {"MASTER_ADDR": "n1", "MASTER_PORT": str(port), **request.getfixturevalue("slurm").variables}
         return start([*LAUNCHERS[launcher].format(port=port).split(), *arguments], **variables)
 
     return run
@@ -73,35 +62,47 @@ def test_failing_ranks_fail_the_launcher(launcher: str, launch: Launch, tiny_con
     assert finished.output.count("unknown key adapter.rang") == 1, finished.output
 
 
-@pytest.mark.slurm
-def test_sbatch_trains_to_the_end(slurm: dict[str, str], tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    if not (ROOT / ".venv").is_dir():
-        pytest.skip("run `bash launch/setup.sh` first: the job runs .venv's Python")
-    options = ["--parsable", f"--output={tmp_path}/job.log", "--nodes=2", "--ntasks-per-node=1"]
-    submitted = start(["sbatch", *options, "slurm/train.sbatch", str(tiny_config()), "adapter.r=3"], **slurm)
-    job = submitted.output.strip()
-    assert job.isdigit(), submitted.output
-    logs = ROOT / "runs" / "slurm" / job
-
-    def state() -> str:
-        return start(["scontrol", "--oneliner", "show", "job", job], **slurm).output.split("JobState=")[1].split()[0]
-
-    try:
-        # Not sbatch --wait, which looks ever more rarely (22.05: after 2, 6, 12, 20, 30 seconds).
-        wait_until(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), logs, LAUNCH_LIMIT)
-        outputs = {log.name: log.read_text() for log in (tmp_path / "job.log", *logs.glob("*"))}
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
-    assert state() == "COMPLETED", outputs
-    host = socket.gethostname().split(".")[0]  # both nodes'
-    assert outputs.keys() == {"job.log", f"0-{host}.log", f"1-{host}.log"}
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["world_size"], summary["steps"]) == (2, 4)
-    assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
-
-
 @pytest.mark.parametrize("verb", PURPOSES)
 def test_help_names_the_purpose(verb: str) -> None:
     finished = start(["mica-ds", *verb.split(), "--help"])
     assert finished.codes == [0], finished.output
     assert PURPOSES[verb] in " ".join(finished.output.split())
+
+
+@pytest.fixture(scope="module")
+def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if reason := obstacle():
+        pytest.skip(reason)
+    with hosts(tmp_path_factory.mktemp("hosts")) as variables:
+        yield variables
+
+
+@pytest.mark.parametrize("script", ["torchrun", "multinode"])
+def test_a_script_trains(
+    script: str, tiny_config: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
+    (tmp_path / "hosts").write_text("# two nodes\n\nn1 slots=1\nn2 slots=1\n")
+    variables: dict[str, str] = {}
+    if script == "multinode":
+        variables = {"HOSTFILE": str(tmp_path / "hosts"), **request.getfixturevalue("remote")}
+    port = str(free_ports(1)[0])
+    finished = start(["bash", f"launch/{script}.sh", str(tiny_config()), "adapter.r=3"], MASTER_PORT=port, **variables)
+    assert finished.codes == [0], finished.output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
+    assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "reason"),
+    [("n1 slots=1\nn9 slots=1\n", "n9 does not answer"), ("n1\n", "gives no ranks"), ("# n1 slots=1\n", "no node")],
+)
+def test_a_wrong_hostfile_is_refused(hostfile: str, reason: str, remote: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(hostfile)
+    finished = start(["bash", "launch/multinode.sh", "any.yaml"], HOSTFILE=str(tmp_path / "hosts"), **remote)
+    assert finished.codes == [2]
+    assert reason in finished.output
+    assert finished.output.startswith("error: ")
+    assert finished.output.count("\n") == 1

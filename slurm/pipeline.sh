@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Submit bases, training, evaluation and export; each starts once the one before has ended well:
+#   bash slurm/pipeline.sh --nodes=2 CONFIG [key=value ...]
+# Options before CONFIG are sbatch's, for the two jobs with GPUs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+jobs=()
+fail() {
+  [ ${#jobs[@]} -eq 0 ] || scancel "${jobs[@]}"
+  echo "error: $1" >&2
+  exit 2
+}
+
+gpu_job=()
+while [[ "${1:-}" == -* ]]; do
+  gpu_job+=("$1")
+  shift
+done
+[ $# -gt 0 ] || fail "no config; bash slurm/pipeline.sh --nodes=2 CONFIG [key=value ...]"
+[ -f "$1" ] || fail "$1 is not a file; options of sbatch are written as --name=value, before CONFIG"
+set +u # environment modules read unset variables
+source "${CLUSTER_ENV:-slurm/cluster.env}"
+set -u
+
+for verb in basis train evaluate export; do
+  case $verb in
+    basis) options=("${CPU_JOB[@]}") ;;
+    export) options=("${CPU_JOB[@]}" --nodes=1 --ntasks-per-node=1) ;;
+    *) options=("${gpu_job[@]}") ;;
+  esac
+  # A job whose predecessor fails is cancelled, and does not wait for ever.
+  [ ${#jobs[@]} -eq 0 ] || options+=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
+  job=$(sbatch --parsable "${options[@]}" "slurm/$verb.sbatch" "$@") ||
+    fail "sbatch refused the job for $verb, for the reason above; the jobs before it are cancelled"
+  jobs+=("${job%;*}") # a cluster's name may follow
+  echo "$verb: job ${jobs[-1]}"
+done

@@ -1,0 +1,197 @@
+"""The jobs that the repository ships, on a real SLURM: whatever interrupts them, they end as if nothing had."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from ..conftest import LAUNCH_LIMIT, ROOT, write_config
+from ..slurm import Cluster, wait_until
+
+pytestmark = [pytest.mark.dist, pytest.mark.slurm]
+
+STEPS = 40
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+# A site without GPUs.
+FACTS = "CPU_JOB=(--nodes=2 --ntasks-per-node=1)\nCONTAINER=()\n"
+
+
+class Site:
+    """A cluster, the folder of one test's runs, and what the jobs of the test leave in the repository."""
+
+    def __init__(self, slurm: Cluster, folder: Path, model: Path) -> None:
+        self.slurm, self.folder, self.jobs = slurm, folder, list[str]()
+        # Steps take long enough for all to happen before the last.
+        train = {"per_device_train_batch_size": 2, "max_steps": STEPS, "save_steps": 4, "learning_rate": 1e-2}
+        self.config = write_config(folder, model, train=train)
+        (folder / "cluster.env").write_text(FACTS)
+        self.variables = {"CLUSTER_ENV": str(folder / "cluster.env"), "OMP_NUM_THREADS": "1"}
+        self.variables["SBATCH_OUTPUT"] = f"{folder}/job-%j.log"
+        self.run = folder / "run"
+
+    def submit(self, *options: str, settings: tuple[str, ...] = ()) -> str:
+        """Submit a training on both nodes; returns its number."""
+        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", *options, "slurm/train.sbatch"]
+        job = self.slurm.run(*command, str(self.config), *settings, **self.variables)
+        assert job.isdigit(), job
+        self.jobs.append(job)
+        return job
+
+    def show(self, job: str) -> dict[str, str]:
+        shown = self.slurm.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
+
+    def state(self, job: str) -> str:
+        return self.show(job)["JobState"]
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job is in one of these states, or over; returns all about it."""
+        # Not sbatch --wait, which looks ever more rarely (22.05: after 2, 6, 12, 20, 30 seconds).
+        wait_until(lambda: self.state(job) in (states or ENDED), self.folder, LAUNCH_LIMIT)
+        return self.show(job)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait for the checkpoint of a step."""
+        wait_until((self.run / f"checkpoints/step-{step:06d}").exists, self.folder, LAUNCH_LIMIT)
+
+    def outputs(self) -> dict[str, str]:
+        folders = [ROOT / "runs/slurm" / job for job in self.jobs]
+        logs = [*self.folder.glob("job-*.log"), *(log for folder in folders for log in folder.glob("*"))]
+        return {f"{log.parent.name}/{log.name}": log.read_text(errors="replace") for log in logs}
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.run / "summary.json").read_text())
+
+    def tracked(self) -> list[Any]:
+        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+    def close(self) -> None:
+        for job in self.jobs:
+            self.slurm.run("scancel", job)
+            shutil.rmtree(ROOT / "runs/slurm" / job, ignore_errors=True)
+
+    def assert_ends_as(self, job: str, loss: float, restarts: int = 1, steps: int = STEPS) -> None:
+        """It ends well after so many restarts, with this loss and one MLflow run, of which each start is an attempt."""
+        about = self.wait(job)
+        assert (about["JobState"], about["Restarts"]) == ("COMPLETED", str(restarts)), self.outputs()
+        summary = self.summary()
+        assert (summary["world_size"], summary["steps"]) == (2, steps)
+        assert summary["final_loss"] == pytest.approx(loss, rel=1e-5)
+        (run,) = self.tracked()
+        assert run.info.status == "FINISHED"
+        attempts = {key.split(".")[1]: value for key, value in run.data.tags.items() if key.endswith("slurm.job_id")}
+        assert attempts == {str(attempt): job for attempt in range(1, restarts + 2)}
+
+
+@pytest.fixture(scope="module")
+def make_site(slurm: Cluster, tiny_model: Callable[[str], Path]) -> Iterator[Callable[[Path], Site]]:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the job runs .venv's Python")
+    sites: list[Site] = []
+
+    def make(folder: Path) -> Site:
+        sites.append(Site(slurm, folder, tiny_model("llama")))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.close()
+
+
+@pytest.fixture
+def site(make_site: Callable[[Path], Site], tmp_path: Path) -> Site:
+    return make_site(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def loss(make_site: Callable[[Path], Site], tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Of a job that nothing interrupts."""
+    site = make_site(tmp_path_factory.mktemp("undisturbed"))
+    job = site.submit()
+    found = site.wait(job)
+    outputs = site.outputs()
+    assert found["JobState"] == "COMPLETED", outputs
+    host = socket.gethostname().split(".")[0]  # both nodes'
+    assert outputs.keys() == {f"{site.folder.name}/job-{job}.log", f"{job}/0-{host}.log", f"{job}/1-{host}.log"}
+    return site.summary()["final_loss"]
+
+
+def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> None:
+    command = ["bash", "slurm/pipeline.sh", "--nodes=2", "--ntasks-per-node=1", str(site.config)]
+    lines = [line.split(": job ") for line in site.slurm.run(*command, **site.variables).splitlines()]
+    assert [verb for verb, _ in lines] == ["basis", "train", "evaluate", "export"], lines
+    site.jobs += [job for _, job in lines]
+    site.wait_for_step(8)
+    site.slurm.run("scancel", "--signal=USR1", site.jobs[1])  # as --signal does: to the ranks, not to the script
+    site.assert_ends_as(site.jobs[1], loss)
+    assert [site.wait(job)["JobState"] for job in site.jobs] == ["COMPLETED"] * 4, site.outputs()
+    assert "14 matrices, r = 4, 14 solved" in (log := "".join(site.outputs().values()))
+    assert "14 matrices, r = 4, all from the cache" in log
+    assert json.loads((site.run / "evaluation.json").read_text())["checkpoint"] == f"step-{STEPS:06d}"
+
+
+def test_a_cancelled_job(site: Site) -> None:
+    job = site.submit()
+    site.wait_for_step(4)
+    site.slurm.run("scancel", job)
+    about = site.wait(job)
+    assert (about["JobState"], about["Restarts"]) == ("CANCELLED", "0"), site.outputs()
+    wait_until(lambda: [run.info.status for run in site.tracked()] == ["KILLED"], site.folder)
+
+
+def test_a_refused_pipeline(site: Site) -> None:
+    command = ["bash", "slurm/pipeline.sh", "--nodes=2", "--partition=none", str(site.config)]
+    output = site.slurm.run(*command, **site.variables)
+    assert output.count("error: sbatch refused the job for train") == 1, output
+    site.jobs.append(output.split("basis: job ")[1].split()[0])
+    assert site.wait(site.jobs[0])["JobState"] == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path], Site], tmp_path: Path) -> None:
+    longer, steps = ("train.max_steps=250",), 250  # SLURM's least limit is a minute
+    job = site.submit("--time=1", "--signal=USR1@20", settings=longer)
+    about = site.wait(job)
+    assert int(about["Restarts"]) > 0
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = make_site(tmp_path / "undisturbed")
+    undisturbed.wait(undisturbed.submit(settings=longer))
+    site.assert_ends_as(job, undisturbed.summary()["final_loss"], int(about["Restarts"]), steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", ["preemption", "requeue", "lost node"])
+def test_an_interrupted_job(interruption: str, site: Site, loss: float) -> None:
+    slurm, job = site.slurm, site.submit()
+    site.wait_for_step(8)
+    match interruption:
+        case "preemption":
+            options = ["--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 2"]
+            urgent = slurm.run("sbatch", "--parsable", *options)
+            assert site.wait(urgent)["JobState"] == "COMPLETED"
+        case "requeue":
+            slurm.run("scontrol", "requeue", job)
+        case "lost node":
+            slurm.lose_node("n2")
+            site.wait(job, "PENDING")
+            slurm.start_node("n2")
+    site.assert_ends_as(job, loss)
+
+
+@pytest.mark.slow
+def test_an_array_of_studies(site: Site, loss: float) -> None:
+    command = ["sbatch", "--parsable", "--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--exclusive=user"]
+    output = f"output_dir={site.folder}/study-%a"
+    array = site.slurm.run(*command, "slurm/train.sbatch", str(site.config), output, "train.seed=%a", **site.variables)
+    parts = [f"{array}_{part}" for part in range(2)]
+    wait_until(lambda: [site.state(part) for part in parts] == ["RUNNING"] * 2, site.folder)  # side by side
+    site.jobs += [site.show(part)["JobId"] for part in parts]
+    assert [site.wait(part)["JobState"] for part in parts] == ["COMPLETED"] * 2, site.outputs()
+    seeds = [json.loads((site.folder / f"study-{part}/summary.json").read_text()) for part in range(2)]
+    assert seeds[0]["final_loss"] != seeds[1]["final_loss"]
