@@ -76,7 +76,7 @@ def test_everything_broken_is_named_with_its_rank(
         "room": ([0, 1, 2], "1000000000002 checkpoints"),
         "model": ([0, 1, 2], "model.safetensors is truncated or damaged"),
         "data": ([0, 1, 2], "questions.jsonl, line 1"),
-        "tracker": ([0], "cannot be used"),
+        "tracker": ([0], "cannot be used: [Errno 111] Connection refused"),
     }
     for name, (ranks, part) in expected.items():
         assert (found[name]["ranks"], found[name]["is_good"]) == (ranks, False), found[name]
