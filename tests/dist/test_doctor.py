@@ -26,7 +26,6 @@ def test_a_sound_cluster_is_green(tiny_config: Callable[..., Path], tmp_path: Pa
     assert finished.codes == [0, 0], finished.output
     assert finished.output.count(" good ") == 12, finished.output
     assert finished.seconds < LIMIT
-    assert "loading" not in finished.output.lower()
     assert not (tmp_path / "run").exists()
 
 
@@ -77,7 +76,7 @@ def test_everything_broken_is_named_with_its_rank(
         "room": ([0, 1, 2], "1000000000002 checkpoints"),
         "model": ([0, 1, 2], "model.safetensors is truncated or damaged"),
         "data": ([0, 1, 2], "questions.jsonl, line 1"),
-        "tracker": ([0], "cannot be used"),
+        "tracker": ([0], "cannot be used: [Errno 111] Connection refused"),
     }
     for name, (ranks, part) in expected.items():
         assert (found[name]["ranks"], found[name]["is_good"]) == (ranks, False), found[name]
