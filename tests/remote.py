@@ -43,7 +43,8 @@ def obstacle() -> str | None:
 @contextmanager
 def hosts(folder: Path) -> Iterator[dict[str, str]]:
     """Run the server; gives the variables with which `ssh n1` reaches it, and nothing but these hosts."""
-    names = {"folder": folder, "port": free_ports(1)[0], "nodes": " ".join(NODES)}
+    [port] = free_ports(1)
+    names = {"folder": folder, "port": port, "nodes": " ".join(NODES)}
     for key in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     (folder / "server").write_text(SERVER.format(**names))
@@ -56,7 +57,7 @@ def hosts(folder: Path) -> Iterator[dict[str, str]]:
     with (folder / "sshd.log").open("w") as log:
         server = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "server"], stderr=log)
     try:
-        wait_until(lambda: _listens(int(names["port"])), folder)
+        wait_until(lambda: _listens(port), folder)
         yield {"PATH": f"{folder}/bin:{environment()['PATH']}"}
     finally:
         server.terminate()

@@ -153,6 +153,14 @@ def test_a_refused_pipeline(site: Site) -> None:
     assert site.wait(site.jobs[0])["JobState"] == "CANCELLED"
 
 
+def test_an_array_that_would_share_a_folder(site: Site) -> None:
+    job = site.submit("--array=0", settings=("train.seed=%a",))
+    assert site.wait(job)["JobState"] == "FAILED"
+    (output,) = site.outputs().values()
+    assert output.startswith("error: the jobs of an array would share a run folder")
+    assert not site.run.exists()
+
+
 @pytest.mark.slow
 def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path], Site], tmp_path: Path) -> None:
     longer, steps = ("train.max_steps=250",), 250  # SLURM's least limit is a minute
