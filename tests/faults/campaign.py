@@ -49,13 +49,16 @@ def _is_evaluating_again(run: Path, output: str) -> bool:
 
 
 PHASES: dict[str, tuple[Sight, float]] = {  # with the seconds over which moments are spread from then on
+    "training": (_steps_done(3), 0.6),
+    "writing a checkpoint": (lambda run, output: any(run.glob("checkpoints/*.partial")), 0.03),
+    # The log is printed just before.
+    "gathering for a checkpoint": (_steps_done(SAVE_EVERY), 0.005),
+    "exporting": (lambda run, output: (run / "adapter.partial").exists(), 0.01),
+    "recording": (lambda run, output: (run / "adapter").exists(), 1.0),
     "loading": (lambda run, output: "data: " in output, 0.3),
     "bases": (lambda run, output: (run / "basis").is_dir(), 0.05),
     "evaluating before": (lambda run, output: "evaluation:" in output, 0.5),
-    "training": (_steps_done(3), 1.0),
-    "writing a checkpoint": (lambda run, output: any(run.glob("checkpoints/*.partial")), 0.03),
     "evaluating after": (_is_evaluating_again, 0.3),
-    "exporting": (lambda run, output: (run / "probe.safetensors").exists(), 0.2),
 }
 
 
