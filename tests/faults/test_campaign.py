@@ -19,7 +19,7 @@ def campaign(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaig
     [
         Moment("training", 0.4, [1]),
         Moment("writing a checkpoint", 0.002, [0]),
-        Moment("exporting", 0.0, [0]),
+        Moment("recording", 0.0, [0]),
     ],
     ids=lambda moment: moment.phase.replace(" ", "-"),
 )
