@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import pytest
@@ -18,6 +19,8 @@ import torch
 import transformers
 import yaml
 from threadpoolctl import threadpool_limits
+
+from .preloaded import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOLLM2 = ROOT / "models" / "smollm2-135m"
@@ -154,7 +157,16 @@ def free_ports(number: int) -> list[int]:
 
 def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
     """Run one program to its end."""
-    return finish([_popen(command, cwd, variables)])
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that a launcher's ranks can be ended with it
+    )
+    return finish([process])
 
 
 def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str) -> Finished:
@@ -164,30 +176,17 @@ def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **va
 
 def launch_ranks(
     ranks: int, arguments: list[str], program: str = "mica_ds", output: IO[str] | None = None, **variables: str
-) -> list[subprocess.Popen[str]]:
+) -> list[Program]:
     """The same, without waiting for the end; `program` is another module to run, `output` a file for all ranks'."""
     port = str(free_ports(1)[0])
-    command = [sys.executable, "-m", program, *arguments]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
     each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)]
-    return [_popen(command, ROOT, variables, output) for variables in each]
+    return [
+        Program(program, arguments, ROOT, environment(**variables), output or TemporaryFile("w+")) for variables in each
+    ]
 
 
-def _popen(
-    command: list[str], cwd: Path, variables: dict[str, str], output: IO[str] | None = None
-) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment(**variables),
-        stdout=output or subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that a launcher's ranks can be ended with it
-    )
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> Finished:
+def finish(processes: Sequence[subprocess.Popen[str] | Program]) -> Finished:
     """Wait for started processes; whatever is left of them then is killed."""
     started = time.monotonic()
     try:

@@ -135,7 +135,7 @@ class Campaign:
         heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
         return Outcome(moment, seconds, codes, heard[1] if heard else "", left, resumed_from, *differences, faults)
 
-    def _start(self, run: Path) -> tuple[list[subprocess.Popen[str]], Path]:
+    def _start(self, run: Path) -> tuple[list[Program], Path]:
         log = run.with_suffix(".log")
         with log.open("w") as file:
             arguments = ["train", str(self._config), f"output_dir={run}"]
