@@ -45,6 +45,8 @@ class Program:
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         """Wait for the end; what has come out."""
         self.wait(timeout)
+        if not self._output.readable():  # a file of the test's own
+            return "", None
         self._output.seek(0)
         return self._output.read(), None
 

@@ -163,8 +163,9 @@ def test_an_array_that_would_share_a_folder(site: Site) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path], Site], tmp_path: Path) -> None:
-    longer, steps = ("train.max_steps=250",), 250  # SLURM's least limit is a minute
-    job = site.submit("--time=1", "--signal=USR1@20", settings=longer)
+    # SLURM may send the signal a minute before it is asked to: here between one and two minutes after each start.
+    longer, steps = ("train.max_steps=1500",), 1500
+    job = site.submit("--time=3", "--signal=USR1@60", settings=longer)
     about = site.wait(job)
     assert int(about["Restarts"]) > 0
     (tmp_path / "undisturbed").mkdir()
