@@ -11,6 +11,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from mica_ds.delivery import unsent
+
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
 from ..slurm import wait_until
 
@@ -43,7 +45,10 @@ def test_a_rank_that_raises_is_the_last_to_speak(place: str, tiny_config: Callab
     assert "\n".join(lines).count("Traceback") == 1, lines
     (line,) = [line for line in lines if f"rank 0 (host {HOST}) was in " in line]
     assert f"rank 1 (host {HOST}) failed: ZeroDivisionError: division by zero" in line
-    (found,) = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    journal, store = tmp_path / "run/journal.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
+    lines = journal.read_text().splitlines()
+    wait_until(lambda: not unsent(journal.parent, store, len(lines)), tmp_path, 120)  # the sender goes on by itself
+    (found,) = mlflow.MlflowClient(store).search_runs(["1"])
     assert found.info.status == "FAILED"
 
 
