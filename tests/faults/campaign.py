@@ -32,6 +32,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from ..conftest import launch_ranks, write_config, write_tiny_model
+from ..preloaded import Program
 
 RANKS, STEPS, SAVE_EVERY = 2, 8, 2
 LIMIT = 30  # seconds within which all ranks must have ended
