@@ -448,7 +448,7 @@ def test_a_journal_keeps_what_is_whole(tmp_path: Path) -> None:
         file.write_bytes(whole[:-cut])
         mended = Journal(tmp_path)
         mended.close()
-        assert (mended.run, mended.lines, mended.is_ended) == (journal.run, 3, False)
+        assert (mended.run, mended.lines, mended.status) == (journal.run, 3, None)
     assert file.read_bytes() == whole[: whole.rindex(b"\n", 0, -1) + 1]
     with file.open("ab") as damaged:
         damaged.write(b"\0\0\0\n[1]\n")

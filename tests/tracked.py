@@ -24,7 +24,9 @@ def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
     config = load_config(Path(file), list(overrides))
     config.output_dir.mkdir(exist_ok=True)
     shares = []
-    with Tracker(config) as tracker:
+    with Tracker(
+        config.output_dir, config.tracking, config.model_dump(mode="json"), config.resume == "never"
+    ) as tracker:
         for step in range(int(steps)):
             started = time.perf_counter()
             time.sleep(float(seconds))
