@@ -155,7 +155,8 @@ def _close(journal: Journal, sender: "subprocess.Popen[bytes] | None", folder: P
     written = journal.lines - lost
     if not is_sent and (left := unsent(folder, uri, written)):
         comm.say(
-            f"warning: tracking: {left} of {written} lines are not sent to {uri} yet; `mica-ds sync {folder}` sends them"
+            f"warning: tracking: {left} of {written} lines are not sent to {uri} yet; "
+            f"`mica-ds sync {folder}` sends them"
         )
 
 
