@@ -105,6 +105,7 @@ class Run:
         finished = finish([process])
         assert finished.codes == [0], finished.output
         (found,) = [json.loads(line) for line in finished.output.splitlines() if line.startswith('{"median"')]
+        assert found["id"] == [line["id"] for line in self.lines() if line["kind"] == "run"][-1]
         assert found["connected"] == []
         assert not found["imported"]
         assert found["end"] < END_LIMIT
@@ -678,7 +679,7 @@ def test_a_run_on_another_machine_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / "journal.jsonl"
     there = file.read_text().replace(Path("/proc/sys/kernel/random/boot_id").read_text().strip(), "another")
     file.write_text(there.replace(socket.gethostname(), "n7"))  # a machine whose locks are not seen here
-    with pytest.raises(UserError, match=r"went on on n7 \d+ s ago.*try again in \d+ s"):
+    with pytest.raises(UserError, match=r"was alive on n7 \d+ s ago.*try again in \d+ s"):
         sender.sync(tmp_path, None)
     assert file.read_text().count("\n") == 6
     silent_since = time.time() - SILENCE - 1
