@@ -1,6 +1,6 @@
 """What tracking costs the step of a training.
 
-    python tests/benchmarks/tracking.py [--out FILE.json]
+    python tests/benchmarks/tracking.py [--only calls | logs] [--out FILE.json]
 
 The time inside the tracker's calls over the time of the step, in one run, with an `mlflow server` that is healthy, that
 is down, and that accepts requests and never answers; and the same of MLflow's own client, to the healthy one. Each step
@@ -30,7 +30,7 @@ from tests.conftest import environment, free_ports, write_config
 from tests.servers import Proxy, Server
 
 STEPS, STEP = 300, 0.05
-RANKS, SKIPPED, TRAINED = 2, 3, 20  # the first steps record the order of modules
+RANKS, SKIPPED, TRAINED = 2, 3, 15  # the first steps record the order of modules
 SHARE = 0.02
 
 
@@ -107,51 +107,61 @@ def train_on_ranks(folder: Path, uri: str) -> list[dict[str, float]]:
     return run_ranks(__file__, train, folder, RANKS, 1)
 
 
+def measure_calls(folder: Path, server: Server) -> tuple[list[Row], dict[str, Any]]:
+    """The tracker's calls, with the server in each state, and MLflow's own."""
+    proxy = Proxy(server.port)
+    proxy.mode = "hang"
+    stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}", "hanging": proxy.uri}
+    found: dict[str, Any] = {}
+    try:
+        for state, uri in stores.items():
+            say(f"a server that is {state} ...")
+            found[state] = track(folder / state, uri)
+        found["MLflow's client"] = {"median": track_by_mlflow(server.uri)}
+    finally:
+        proxy.close()
+    rows = [
+        Row(name, "step", "1 x 1", share["median"] * STEP * 1e3, STEP * 1e3, at_most=at_most, unit="ms")
+        for state, share in found.items()
+        for name, at_most in [(f"tracking, server {state}", SHARE) if state in stores else (state, None)]
+    ]
+    return rows, found
+
+
+def measure_logs(folder: Path, server: Server) -> tuple[list[Row], dict[str, Any]]:
+    """The log entries of a training."""
+    ranks = train_on_ranks(folder / "training", server.uri)
+    sizes = [(part["log"] * 1e3, part["step"] * 1e3) for part in ranks]
+    rows = [
+        Row(f"a log entry, rank {rank}", "training step", "2 x 1", log, step, at_most=SHARE, unit="ms")
+        for rank, (log, step) in enumerate(sizes)
+    ]
+    return rows, {"ranks": ranks}
+
+
 def main() -> None:
+    parts = {"calls": measure_calls, "logs": measure_logs}
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=parts, help="the calls of the tracker, or the log entries of a training")
     parser.add_argument("--out", type=Path, help="write the figures to this file, too")
     parser.add_argument("--as-rank", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_rank:
         train(Path(arguments.as_rank[1]))
-    found: dict[str, Any] = {}
+    rows: list[Row] = []
+    details: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = Server(folder)
-        proxy = Proxy(server.port)
-        proxy.mode = "hang"
-        stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}", "hanging": proxy.uri}
+        server = Server(Path(name))
         try:
-            for state, uri in stores.items():
-                say(f"a server that is {state} ...")
-                found[state] = track(folder / state, uri)
-            stock = track_by_mlflow(server.uri)
-            ranks = train_on_ranks(folder / "training", server.uri)
+            for part in [arguments.only] if arguments.only else parts:
+                found, details[part] = parts[part](Path(name), server)
+                rows += found
         finally:
-            proxy.close()
             server.kill()
-    rows = [
-        Row(
-            f"tracking, server {state}",
-            "step",
-            "1 x 1",
-            share["median"] * STEP * 1e3,
-            STEP * 1e3,
-            at_most=SHARE,
-            unit="ms",
-        )
-        for state, share in found.items()
-    ]
-    rows.append(Row("MLflow's client, server healthy", "step", "1 x 1", stock * STEP * 1e3, STEP * 1e3, unit="ms"))
-    for rank, part in enumerate(ranks):
-        log, step = part["log"] * 1e3, part["step"] * 1e3
-        rows.append(Row(f"a log entry, rank {rank}", "training step", "2 x 1", log, step, at_most=SHARE, unit="ms"))
     print_rows(rows)
-    for state, share in found.items():
-        median, highest, end = share["median"], share["highest"], share["end"]
-        print(f"server {state}: {median:.2%} of a step, the highest {highest:.2%}; {end:.1f} s at the end")
+    print(json.dumps(details, indent=1))
     if arguments.out:
-        write_json(arguments.out, rows, {**found, "ranks": ranks})
+        write_json(arguments.out, rows, details)
 
 
 if __name__ == "__main__":
