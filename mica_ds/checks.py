@@ -21,7 +21,7 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from mica_ds import comm
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.config import Config, read_deepspeed
-from mica_ds.data import read_documents
+from mica_ds.documents import Broken, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
 from mica_ds.evaluate import read_questions
 from mica_ds.links import device
@@ -36,6 +36,7 @@ from mica_ds.weights import open_checkpoint, stored_tensor
 _GIB = 1 << 30
 _FREE = 0.9  # share of a GPU's memory that must be free before anything is loaded
 _HOST_FREE = 0.1  # the same of the host's memory
+_READING = 20  # seconds after which what is left of a corpus is not read
 _VISIBLE = 10  # seconds after which a file must be seen by all nodes
 _BUFFERS = 4  # for weights, two moments and gradients: so many DeepSpeed (0.19.8) asserts to be free
 
@@ -162,13 +163,13 @@ def model_files(config: Config) -> dict[str, str]:
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """Whether documents, replay, questions and held-out text can be read."""
+    """Whether documents, replay, questions and held-out text are there and can be read; of much text, some."""
     data, scored = config.data, config.evaluate
-    found = {"corpus": _volume(read_documents(data.corpus, "data.corpus"))}
-    if data.replay:
-        found["replay"] = _volume(read_documents(data.replay, "data.replay"))
+    found = {f"corpus {i}": _volume(config, source.path, "data.corpus") for i, source in enumerate(data.corpus, 1)}
+    found |= {f"replay {i}": _volume(config, source.path, "data.replay") for i, source in enumerate(data.replay, 1)}
     if scored.retention:
-        found["held-out"] = _volume(read_documents([scored.retention], "evaluate.retention"))
+        texts = read_documents([scored.retention], "evaluate.retention")
+        found["held-out"] = f"{len(texts)} documents of {sum(map(len, texts)):,} characters"
     if scored.questions:
         found["questions"] = str(len(read_questions(scored, load_tokenizer(config.model))))
     return found
@@ -234,5 +235,21 @@ def _check_nvme(config: Config, section: str, settings: dict[str, Any]) -> None:
         raise UserError(f"{section}.buffer_size={buffer} is less than the largest partition, {slice_}")
 
 
-def _volume(documents: list[str]) -> str:
-    return f"{len(documents)} documents of {sum(map(len, documents)):,} characters"
+def _volume(config: Config, source: Path, key: str) -> str:
+    """The size of a source; a document is refused or counted as broken, as the config says."""
+    files = find_files(source, key)
+    size = sum(inner.stat().st_size for file in files for inner in stored_files(file))
+    documents, broken, started = 0, 0, time.monotonic()
+    for part in (part for file in files for part in split(file)):
+        for document in read(part):
+            if not isinstance(document, Broken):
+                documents += bool(document.text.strip())
+            elif config.data.broken == "skip":
+                broken += 1
+            else:
+                raise UserError(f"{key}: {where(part.file, document.place)} {document.reason}")
+        if time.monotonic() - started > _READING:
+            return f"{len(files)} files of {size:,} bytes"
+    if not documents:
+        raise UserError(f"{key}: {source} holds no text")
+    return f"{documents} documents in {len(files)} files of {size:,} bytes" + (f", {broken} broken" if broken else "")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     Trainer,
@@ -21,6 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from mica_ds import comm, signals
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
+from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.loss import tile_loss
@@ -46,7 +46,7 @@ def accumulation_steps(config: Config) -> int:
     return steps * config.data.sequence_parallel
 
 
-def total_steps(args: TrainingArguments, dataset: Dataset, global_batch: int) -> int:
+def total_steps(args: TrainingArguments, dataset: Sequences, global_batch: int) -> int:
     """The steps of the whole run, as the Trainer counts them. Local."""
     if args.max_steps > 0:
         return args.max_steps
@@ -313,7 +313,7 @@ def build_trainer(
     config: Config,
     model: nn.Module,
     args: TrainingArguments,
-    dataset: Dataset,
+    dataset: Sequences,
     evaluator: Evaluator,
     tracker: Tracker,
     origin: dict[str, Any],

@@ -1,0 +1,126 @@
+"""Parts of documents to token ids, words and signatures: what is computed once and cached. Runs in processes."""
+
+import functools
+import re
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasketch import MinHash
+from transformers import PreTrainedTokenizerBase
+
+from mica_ds.chat import ChatError, encode_chat
+from mica_ds.documents import Broken, Document, Part, read
+
+SHINGLE = 5
+"""Words in a row that a signature is made of."""
+SIGNATURE = 64
+"""Numbers of a MinHash signature."""
+_SCHEME = "affine32"
+_AT_ONCE = 1 << 16  # shingles, of which datasketch makes a table with SIGNATURE columns
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass
+class Encoded:
+    """The documents of some parts, one after the other."""
+
+    ids: np.ndarray
+    """int32; a text ends with the tokenizer's eos_token."""
+    is_learnt: np.ndarray
+    """bool, a token: all of a text, of a chat the answers."""
+    lengths: np.ndarray
+    """int64, tokens of each document."""
+    words: np.ndarray
+    """uint32, a hash of each word; a 0 ends a document."""
+    signatures: np.ndarray
+    """uint32 (documents, SIGNATURE)."""
+    origins: np.ndarray
+    """int64 (documents, 3): the number of its part, its place in it, and whether it is a chat."""
+    empty: int = 0
+    """Documents without text, left out."""
+    broken: list[tuple[int, Broken]] = field(default_factory=list)
+    """Each with the number of its part."""
+
+
+def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Read and tokenise some parts. Local. Raises: UserError where the tokenizer has no template for a chat."""
+    kept: list[tuple[int, Document]] = []
+    broken, empty = [], 0
+    for number, part in enumerate(parts):
+        for found in read(part):
+            if isinstance(found, Broken):
+                broken.append((number, found))
+            elif not found.text.strip():
+                empty += 1
+            else:
+                kept.append((number, found))
+    texts = [document.text for _, document in kept if document.messages is None]
+    encoded = iter(tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
+    ids: list[list[int]] = []
+    is_learnt: list[list[bool]] = []
+    origins, words = [], []
+    for number, document in kept:
+        if document.messages is None:
+            tokens = [*next(encoded), tokenizer.eos_token_id]
+            learnt = [True] * len(tokens)
+        else:
+            try:
+                tokens, learnt = encode_chat(document.messages, tokenizer)
+            except ChatError as error:
+                broken.append((number, Broken(document.place, str(error))))
+                continue
+        ids.append(tokens)
+        is_learnt.append(learnt)
+        origins.append((number, document.place, document.messages is not None))
+        words.append(hash_words(document.text))
+    return Encoded(
+        ids=_joined(ids, np.int32),
+        is_learnt=_joined(is_learnt, np.bool_),
+        lengths=np.array([len(tokens) for tokens in ids], dtype=np.int64),
+        words=_joined([[*theirs, 0] for theirs in words], np.uint32),
+        signatures=np.array([_signature(theirs) for theirs in words], dtype=np.uint32).reshape(-1, SIGNATURE),
+        origins=np.array(origins, dtype=np.int64).reshape(-1, 3),
+        empty=empty,
+        broken=broken,
+    )
+
+
+def _joined(rows: list[list[Any]], dtype: Any) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *(np.array(row, dtype=dtype) for row in rows)])
+
+
+def hash_words(text: str) -> list[int]:
+    """32 bits of each word of a text, whatever its case and punctuation, never 0. Local."""
+    return [_hash_word(word) for word in re.findall(r"\w+", text.lower())]
+
+
+@functools.lru_cache(1 << 16)
+def _hash_word(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "surrogatepass")) or 1
+
+
+def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
+    """64 bits of each n words in a row, uint64 (words - n + 1). Local."""
+    windows = max(len(words) - n + 1, 0)
+    total = np.zeros(windows, dtype=np.uint64)
+    for i in range(n):
+        total = total * _MULTIPLIER + words[i : i + windows]  # modulo 2⁶⁴
+    return total ^ (total >> np.uint64(31))
+
+
+def _signature(words: list[int]) -> np.ndarray:
+    """The MinHash of a document's shingles; of one with fewer words all zero, which is taken for none."""
+    shingles = np.unique(hash_ngrams(np.array(words, dtype=np.uint64), SHINGLE) >> np.uint64(32))
+    if not len(shingles):
+        return np.zeros(SIGNATURE, dtype=np.uint32)
+    minhash = MinHash(SIGNATURE, hashfunc=int, permutations=_permutations(), scheme=_SCHEME)
+    for start in range(0, len(shingles), _AT_ONCE):
+        minhash.update_batch(shingles[start : start + _AT_ONCE])
+    return minhash.hashvalues
+
+
+@functools.cache
+def _permutations() -> Any:
+    return MinHash(SIGNATURE, scheme=_SCHEME).permutations
