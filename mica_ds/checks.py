@@ -27,6 +27,7 @@ from mica_ds.evaluate import read_questions
 from mica_ds.links import device
 from mica_ds.memory import readable
 from mica_ds.model import load_skeleton, load_tokenizer, read_model_config
+from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism
 from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file
@@ -209,6 +210,7 @@ def deepspeed_settings(config: Config) -> str:
     """Whether the settings go with this number of ranks, and with how they lie on the nodes."""
     steps, ranks, rank = accumulation_steps(config), comm.world_size(), comm.rank()
     check_parallelism(config, read_model_config(config.model.path))
+    check_packing(config)
     zero = read_deepspeed(config)["zero_optimization"]
     group = min(zero.get("zero_hpz_partition_size", 1), ranks)
     first_of_node = rank - int(os.environ["LOCAL_RANK"])

@@ -34,6 +34,7 @@ from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.overlap import counts, write_report
 from mica_ds.overlap import examine as examine_data
+from mica_ds.packing import check_packing
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
@@ -50,6 +51,7 @@ def train(config: Config) -> None:
     folder = _open_run_folder(config)
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
+        check_packing(config)
         args = training_arguments(config, accumulation_steps(config))
         tokenizer = load_tokenizer(config.model)
     set_seed(args.seed)

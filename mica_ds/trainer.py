@@ -25,6 +25,7 @@ from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
+from mica_ds.packing import check_separation
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
@@ -108,6 +109,7 @@ class RunCallback(TrainerCallback):
         facts: dict[str, Any],
     ) -> None:
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
+        self._config = config
         self._max_skipped, self._every = config.checkpoint.max_skipped, config.evaluate.every
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
@@ -127,6 +129,7 @@ class RunCallback(TrainerCallback):
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        check_separation(self._trainer.model_wrapped, self._config)
         if "knowledge_before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
             before = self._score(state)
