@@ -17,6 +17,8 @@ SHINGLE = 5
 """Words in a row that a signature is made of."""
 SIGNATURE = 64
 """Numbers of a MinHash signature."""
+COLUMNS = ("ids", "is_learnt", "lengths", "words", "signatures", "origins")
+_TEXT = 1 << 20  # characters that are tokenised at once: a tokenizer's own results take a hundred times as much
 _SCHEME = "affine32"
 _AT_ONCE = 1 << 16  # shingles, of which datasketch makes a table with SIGNATURE columns
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -46,8 +48,9 @@ class Encoded:
 
 def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Read and tokenise some parts. Local. Raises: UserError where the tokenizer has no template for a chat."""
+    done: list[Encoded] = []
     kept: list[tuple[int, Document]] = []
-    broken, empty = [], 0
+    broken, empty, size = [], 0, 0
     for number, part in enumerate(parts):
         for found in read(part):
             if isinstance(found, Broken):
@@ -56,12 +59,24 @@ def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Encoded:
                 empty += 1
             else:
                 kept.append((number, found))
-    texts = [document.text for _, document in kept if document.messages is None]
+                size += len(found.text)
+            if size >= _TEXT:
+                done.append(_encode(kept, tokenizer))
+                kept, size = [], 0
+    done.append(_encode(kept, tokenizer))
+    joined = {name: np.concatenate([getattr(each, name) for each in done]) for name in COLUMNS}
+    refused = [fault for each in done for fault in each.broken]
+    return Encoded(**joined, empty=empty, broken=sorted([*broken, *refused], key=lambda fault: fault[0]))
+
+
+def _encode(documents: list[tuple[int, Document]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Documents, each with the number of its part, tokenised at once."""
+    texts = [document.text for _, document in documents if document.messages is None]
     encoded = iter(tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
     ids: list[list[int]] = []
     is_learnt: list[list[bool]] = []
-    origins, words = [], []
-    for number, document in kept:
+    origins, words, broken = [], [], []
+    for number, document in documents:
         if document.messages is None:
             tokens = [*next(encoded), tokenizer.eos_token_id]
             learnt = [True] * len(tokens)
@@ -82,7 +97,6 @@ def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Encoded:
         words=_joined([[*theirs, 0] for theirs in words], np.uint32),
         signatures=np.array([_signature(theirs) for theirs in words], dtype=np.uint32).reshape(-1, SIGNATURE),
         origins=np.array(origins, dtype=np.int64).reshape(-1, 3),
-        empty=empty,
         broken=broken,
     )
 

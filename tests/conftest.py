@@ -124,6 +124,13 @@ def write_config(folder: Path, checkpoint: Path, /, **sections: Any) -> Path:
 
 
 @pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, without a process group."""
+    monkeypatch.setattr("mica_ds.comm.gather", lambda value: [value])
+    monkeypatch.setattr("mica_ds.comm.rank", lambda: 0)
+
+
+@pytest.fixture
 def nvme_settings(tmp_path: Path) -> Path:
     """The shipped settings for NVMe, with a folder of this machine as the disk, and buffers for small models."""
     return write_nvme_settings(tmp_path, 4_000_000)

@@ -15,12 +15,6 @@ from mica_ds.packing import check_packing, check_separation
 from .conftest import TINY
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One rank without a process group."""
-    monkeypatch.setattr("mica_ds.comm.gather", lambda value: [value])
-
-
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
