@@ -19,6 +19,7 @@ SIGNATURE = 64
 """Numbers of a MinHash signature."""
 COLUMNS = ("ids", "is_learnt", "lengths", "words", "signatures", "origins")
 _TEXT = 1 << 20  # characters that are tokenised at once: a tokenizer's own results take a hundred times as much
+_END = np.uint32(0)  # no word's hash
 _SCHEME = "affine32"
 _AT_ONCE = 1 << 16  # shingles, of which datasketch makes a table with SIGNATURE columns
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -71,38 +72,49 @@ def encode(parts: list[Part], tokenizer: PreTrainedTokenizerBase) -> Encoded:
 
 def _encode(documents: list[tuple[int, Document]], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Documents, each with the number of its part, tokenised at once."""
-    texts = [document.text for _, document in documents if document.messages is None]
+    pieces = [_pieces(document.text) for _, document in documents]
+    texts = [first for (first, *_), (_, document) in zip(pieces, documents, strict=True) if document.messages is None]
     encoded = iter(tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
-    ids: list[list[int]] = []
-    is_learnt: list[list[bool]] = []
-    origins, words, broken = [], [], []
-    for number, document in documents:
+    ids, is_learnt, origins, words, broken = [], [], [], [], []
+    for (number, document), (_, *others) in zip(documents, pieces, strict=True):
         if document.messages is None:
-            tokens = [*next(encoded), tokenizer.eos_token_id]
-            learnt = [True] * len(tokens)
+            tokens = [np.array(next(encoded), dtype=np.int32)]
+            tokens += [np.array(_go_on(tokenizer, piece), dtype=np.int32) for piece in others]
+            ids.append(np.concatenate([*tokens, [tokenizer.eos_token_id]]))
+            is_learnt.append(np.ones(len(ids[-1]), dtype=np.bool_))
         else:
             try:
-                tokens, learnt = encode_chat(document.messages, tokenizer)
+                chat, learnt = encode_chat(document.messages, tokenizer)
             except ChatError as error:
                 broken.append((number, Broken(document.place, str(error))))
                 continue
-        ids.append(tokens)
-        is_learnt.append(learnt)
+            ids.append(np.array(chat))
+            is_learnt.append(np.array(learnt, dtype=np.bool_))
         origins.append((number, document.place, document.messages is not None))
-        words.append(hash_words(document.text))
+        words.append(np.concatenate([np.array(hash_words(piece), dtype=np.uint32) for piece in _pieces(document.text)]))
     return Encoded(
-        ids=_joined(ids, np.int32),
-        is_learnt=_joined(is_learnt, np.bool_),
+        ids=np.concatenate([np.empty(0, np.int32), *ids], dtype=np.int32),
+        is_learnt=np.concatenate([np.empty(0, np.bool_), *is_learnt]),
         lengths=np.array([len(tokens) for tokens in ids], dtype=np.int64),
-        words=_joined([[*theirs, 0] for theirs in words], np.uint32),
-        signatures=np.array([_signature(theirs) for theirs in words], dtype=np.uint32).reshape(-1, SIGNATURE),
+        words=np.concatenate([np.empty(0, np.uint32), *(np.append(theirs, _END) for theirs in words)]),
+        signatures=np.array([signature(theirs) for theirs in words], dtype=np.uint32).reshape(-1, SIGNATURE),
         origins=np.array(origins, dtype=np.int64).reshape(-1, 3),
         broken=broken,
     )
 
 
-def _joined(rows: list[list[Any]], dtype: Any) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *(np.array(row, dtype=dtype) for row in rows)])
+def _pieces(text: str) -> list[str]:
+    """A text in pieces of some _TEXT characters, cut after a line: a large one whole would take too much memory."""
+    pieces, start = [], 0
+    while len(text) - start > _TEXT:
+        end = text.find("\n", start + _TEXT) + 1 or len(text)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]] if start < len(text) else pieces
+
+
+def _go_on(tokenizer: PreTrainedTokenizerBase, piece: str) -> list[int]:
+    return tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def hash_words(text: str) -> list[int]:
@@ -124,9 +136,9 @@ def hash_ngrams(words: np.ndarray, n: int) -> np.ndarray:
     return total ^ (total >> np.uint64(31))
 
 
-def _signature(words: list[int]) -> np.ndarray:
-    """The MinHash of a document's shingles; of one with fewer words all zero, which is taken for none."""
-    shingles = np.unique(hash_ngrams(np.array(words, dtype=np.uint64), SHINGLE) >> np.uint64(32))
+def signature(words: np.ndarray) -> np.ndarray:
+    """The MinHash of a document's shingles, uint32 (SIGNATURE,); all zero where it has fewer words. Local."""
+    shingles = np.unique(hash_ngrams(words.astype(np.uint64), SHINGLE) >> np.uint64(32))
     if not len(shingles):
         return np.zeros(SIGNATURE, dtype=np.uint32)
     minhash = MinHash(SIGNATURE, hashfunc=int, permutations=_permutations(), scheme=_SCHEME)

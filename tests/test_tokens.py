@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mica_ds import documents, tokens
+from mica_ds import documents, encoding, tokens
 from mica_ds.errors import UserError
 from mica_ds.folders import locked
 from mica_ds.tokens import Tokens, open_tokens
@@ -40,6 +40,18 @@ def source(tmp_path: Path) -> Path:
     for i in range(20):
         (folder / f"b{i:02}.txt").write_text(f"Press {i} was built by Edda Brunholt, in {1900 + i}.")
     return folder
+
+
+def test_a_long_text_is_tokenised_in_pieces(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(f"Line {i} tells of press {i * 7919 % 104729}.\n" for i in range(300)) + "no end of line " * 20
+    (tmp_path / "long.txt").write_text(text)
+    monkeypatch.setattr(encoding, "_TEXT", 1000)
+    assert "".join(encoding._pieces(text)) == text
+    found = open_tokens(tmp_path / "long.txt", "data.corpus", tokenizer, tmp_path / "cache", False)
+    assert found.ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert found.words.tolist() == [*encoding.hash_words(text), 0]
 
 
 @pytest.fixture
