@@ -200,9 +200,12 @@ def _say(found: dict[str, Any]) -> None:
     comm.say(f"data: {found['sequences']:,} sequences of {found['sequence_length']} tokens")
     if number := found["near_duplicates"]["number"]:
         pair = found["near_duplicates"]["first"][0]
-        comm.say(f"warning: {number} documents nearly repeat an earlier one: {pair['document']} {pair['repeats']}")
+        comm.say(
+            f"warning: documents that nearly repeat an earlier one: {number}, "
+            f"such as {pair['document']}, which repeats {pair['repeats']}"
+        )
     if number := found["questions_in_corpus"]["number"]:
         comm.say(
-            f"warning: {number} of {found['questions_in_corpus']['of']} questions stand in the corpus nearly word for "
-            f'word: "{found["questions_in_corpus"]["first"][0]["question"]}"'
+            f"warning: questions that stand in the corpus: {number} of {found['questions_in_corpus']['of']}, "
+            f'such as "{found["questions_in_corpus"]["first"][0]["question"]}"'
         )

@@ -29,8 +29,8 @@ def write_corpus(folder: Path) -> None:
     (folder / "b.md").write_text(text.format("Arn") * 3)
     (folder / "c.html").write_text(f"<p>{text.format('Brod')}</p>")
     write_pdf(folder / "d.pdf", "Who built press 2?\nNobody can tell.")
-    rows: list[dict[str, Any]] = [{"text": text.format(place)} for place in ("Cald", "Dorn", " ", "Eld")]
-    (folder / "e.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"messages": CHAT}]))
+    rows: list[dict[str, Any]] = [{"text": text.format(place)} for place in ("Cald", "Dorn", "Eld")]
+    (folder / "e.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": " "}, {"messages": CHAT}]))
     pa.parquet.write_table(pa.table({"text": [text.format("Fenn"), text.format("Gath")]}), folder / "f.parquet")
     Dataset.from_list([{"text": text.format("Holm")}]).save_to_disk(folder / "g")
 
@@ -59,8 +59,8 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     assert f"{corpus} (corpus): 11 documents" in finished.output
     assert "left out: 1 empty, 1 broken" in finished.output
     assert f"warning: left out: {corpus}/broken.pdf is damaged" in finished.output
-    assert f"1 documents nearly repeat an earlier one: {corpus}/b.md repeats {corpus}/a.txt" in finished.output
-    assert '1 of 5 questions stand in the corpus nearly word for word: "Who built press 2?"' in finished.output
+    assert f"nearly repeat an earlier one: 1, such as {corpus}/b.md, which repeats {corpus}/a.txt" in finished.output
+    assert 'questions that stand in the corpus: 1 of 5, such as "Who built press 2?"' in finished.output
     found = json.loads((run / "data.json").read_text())
     first, second = found["sources"]
     assert (first["documents"], first["chats"], first["empty"], len(first["broken"])) == (11, 1, 1, 1)
