@@ -21,7 +21,7 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from mica_ds import comm
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.config import Config, read_deepspeed
-from mica_ds.documents import Broken, find_files, read, read_documents, split, stored_files, where
+from mica_ds.documents import PDF, Broken, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
 from mica_ds.evaluate import read_questions
 from mica_ds.links import device
@@ -37,7 +37,7 @@ from mica_ds.weights import open_checkpoint, stored_tensor
 _GIB = 1 << 30
 _FREE = 0.9  # share of a GPU's memory that must be free before anything is loaded
 _HOST_FREE = 0.1  # the same of the host's memory
-_READING = 20  # seconds after which what is left of a corpus is not read
+_READ = 32 << 20  # bytes of a source after which the rest is not read
 _VISIBLE = 10  # seconds after which a file must be seen by all nodes
 _BUFFERS = 4  # for weights, two moments and gradients: so many DeepSpeed (0.19.8) asserts to be free
 
@@ -240,18 +240,22 @@ def _check_nvme(config: Config, section: str, settings: dict[str, Any]) -> None:
 def _volume(config: Config, source: Path, key: str) -> str:
     """The size of a source; a document is refused or counted as broken, as the config says."""
     files = find_files(source, key)
-    size = sum(inner.stat().st_size for file in files for inner in stored_files(file))
-    documents, broken, started = 0, 0, time.monotonic()
-    for part in (part for file in files for part in split(file)):
-        for document in read(part):
-            if not isinstance(document, Broken):
-                documents += bool(document.text.strip())
-            elif config.data.broken == "skip":
-                broken += 1
-            else:
-                raise UserError(f"{key}: {where(part.file, document.place)} {document.reason}")
-        if time.monotonic() - started > _READING:
-            return f"{len(files)} files of {size:,} bytes"
+    sizes = [sum(inner.stat().st_size for inner in stored_files(file)) for file in files]
+    documents, broken, budget = 0, 0, _READ
+    for file, size in zip(files, sizes, strict=True):
+        parts = split(file)
+        for part in parts:
+            for document in read(part):
+                if not isinstance(document, Broken):
+                    documents += bool(document.text.strip())
+                elif config.data.broken == "skip":
+                    broken += 1
+                else:
+                    raise UserError(f"{key}: {where(file, document.place)} {document.reason}")
+            budget -= size // len(parts) * (PDF if file.suffix.lower() == ".pdf" else 1)
+            if budget < 0:
+                return f"{len(files)} files of {sum(sizes):,} bytes"
     if not documents:
         raise UserError(f"{key}: {source} holds no text")
-    return f"{documents} documents in {len(files)} files of {size:,} bytes" + (f", {broken} broken" if broken else "")
+    left_out = f", {broken} broken" if broken else ""
+    return f"{documents} documents in {len(files)} files of {sum(sizes):,} bytes{left_out}"

@@ -153,10 +153,13 @@ def _pieces(starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
 
 
 def _predicts(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
-    """Which rows have a label. A text of two tokens or more has one wherever it is, so only chats are looked at."""
-    if not tokens.manifest["chats"]:
+    """Which rows have a label, where they follow one another without a gap."""
+    if not tokens.manifest["chats"]:  # a text has two tokens at least, so any two in a row predict
         return rows[:, 1] - rows[:, 0] > 1
-    return np.array([bool((make_row(tokens, b, e, e - b, 0)["labels"] != -100).any()) for b, e in rows], dtype=np.bool_)
+    labels = np.add.reduceat(tokens.is_learnt, rows[:, 0], dtype=np.int64)
+    firsts = np.union1d(rows[:, 0], tokens.starts[:-1])
+    firsts = firsts[tokens.is_learnt[firsts]]  # which nothing precedes
+    return labels > np.bincount(np.searchsorted(rows[:, 0], firsts, side="right") - 1, minlength=len(rows))
 
 
 def make_row(tokens: Tokens, begin: int, end: int, length: int, padding: int) -> dict[str, np.ndarray]:

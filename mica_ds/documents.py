@@ -13,6 +13,8 @@ from mica_ds.chat import ChatError, chat_text
 from mica_ds.errors import UserError
 
 ENDINGS = (".txt", ".md", ".html", ".htm", ".pdf", ".jsonl", ".parquet")
+PDF = 10
+"""So much longer than others takes a byte of PDF to read."""
 _DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets leaves in a folder
 _SPLITS = "dataset_dict.json"
 _BYTES = 8 << 20  # of a jsonl file that are read at once

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
-from mica_ds.documents import Part, find_files, split, stored_files, where
+from mica_ds.documents import PDF, Part, find_files, split, stored_files, where
 from mica_ds.encoding import SIGNATURE, Encoded, encode
 from mica_ds.errors import UserError
 from mica_ds.folders import locked, partial
@@ -45,7 +45,6 @@ _COLUMNS = {  # the files of an entry
 }
 _BATCH = 4 << 20  # bytes that a process reads and tokenises at once
 _LARGE = 32 << 20  # bytes from which processes are worth the seconds that their start takes
-_PDF = 10  # so much longer takes a byte of PDF
 _VISIBLE = 90  # seconds after which a network file system shows to all nodes what one has written
 _tokenizer: PreTrainedTokenizerBase  # of a process that tokenises
 _SETTLED = 2  # seconds that a file must be old for its times to tell whether it has changed
@@ -222,7 +221,7 @@ def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedToken
 def _encoded(files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Encoded]]:
     """The documents of all files in their order, in batches, each with the numbers of its parts' files."""
     sizes = [sum(inner.stat().st_size for inner in stored_files(file) if inner.exists()) for file in files]
-    work = sum(size * (_PDF if file.suffix.lower() == ".pdf" else 1) for file, size in zip(files, sizes, strict=True))
+    work = sum(size * (PDF if file.suffix.lower() == ".pdf" else 1) for file, size in zip(files, sizes, strict=True))
     comm.say(f"data: tokenising {len(files)} files of {key}, {sum(sizes):,} bytes; the other ranks wait")
     batches = _batches(files, sizes)
     if work < _LARGE:

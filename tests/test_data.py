@@ -91,6 +91,10 @@ def test_a_chat_is_not_cut_where_it_fits_and_learnt_in_its_answers(
         assert learnt <= set(document[-(len(document) + 2) // 3 :])
         assert document[-1] in learnt or len(document) > length
     assert all(any(label != -100 for label in row["labels"]) for row in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mica_ds.data._predicts", lambda tokens, rows: np.ones(len(rows), dtype=np.bool_))
+        all_rows = packed(documents, length, chats=chats)
+    assert rows == [row for row in all_rows if any(label != -100 for label in row["labels"])]
 
 
 @pytest.mark.parametrize("architecture", TINY)
