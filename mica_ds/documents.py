@@ -127,7 +127,7 @@ def read(part: Part) -> Iterator[Document | Broken]:
         elif part.file.suffix.lower() == ".parquet":
             yield from map(_row, _parquet_rows(part))
         else:
-            yield Document(-1, _WHOLE.get(part.file.suffix.lower(), _read_text)(part.file))
+            yield Document(-1, _clean(_WHOLE.get(part.file.suffix.lower(), _read_text)(part.file)))
     except UnicodeDecodeError:
         yield Broken(-1, "is not UTF-8 text")
     except _UnusableError as error:
@@ -196,8 +196,13 @@ def _row(found: tuple[int, Any]) -> Document | Broken:
         except ChatError as error:
             return Broken(place, str(error))
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return Document(place, row["text"])
+        return Document(place, _clean(row["text"]))
     return Broken(place, 'has no "text"')
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON and PDF may hold, and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
@@ -208,7 +213,7 @@ def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
             opened.readline()
         while (place := opened.tell()) < part.stop and (line := opened.readline()):
             try:
-                if text := line.decode("utf-8").strip():
+                if text := line.decode("utf-8-sig").strip():
                     yield place, json.loads(text)
             except UnicodeDecodeError:
                 yield place, Broken(place, "is not UTF-8 text")
@@ -249,7 +254,7 @@ def _open_dataset(folder: Path) -> Any:
 
 
 def _read_text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
 
 
 def _read_html(file: Path) -> str:

@@ -33,8 +33,8 @@ def write_pdf(file: Path, *pages: str) -> None:
 def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "two.md").write_text("second")
-    (tmp_path / "a.TXT").write_text("first")
-    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth\\u2028", "source": "x"}\n')
+    (tmp_path / "a.TXT").write_text("first", encoding="utf-8-sig")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth\\u2028\\ud800", "source": "x"}\n')
     (tmp_path / "ignored.bin").write_bytes(b"\0")
     write_pdf(tmp_path / "d.pdf", "The press stands\nin Torvane.", "", "Built in 1911.")
     page = """<html><head><title>Presses</title><style>p {}</style></head><body><!-- no -->
@@ -47,7 +47,7 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
         "first",
         "second",
         "third",
-        "fourth\u2028",
+        "fourth\u2028?",
         "The press stands\nin Torvane.\n\nBuilt in 1911.",
         "Presses\nBuilt by Edda Brunholt.\none\ntwo\na\n  b\n© x",
         "seven",
@@ -74,6 +74,11 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl, line 1 is not UTF-8 text"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl, line 1 is malformed: message 1"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl, line 1 has no answer"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+            "line 1 is malformed: message 1 holds half",
+        ),
         ("a.txt", b"\xff\xfe", "a.txt is not UTF-8"),
         ("a.pdf", b"x", "a.pdf is damaged, or not what its name says"),
         ("a.parquet", b"PAR1xPAR1", "a.parquet is damaged, or not what its name says"),

@@ -187,6 +187,12 @@ def test_what_is_broken_is_refused_or_left_out(opened: Callable[..., Tokens], so
     (source / "a.jsonl").chmod(0o644)
 
 
+def test_a_cache_that_another_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_VISIBLE", 0)
+    with pytest.raises(UserError, match=r"data\.cache: .* is not seen on .* storage that all ranks share"):
+        tokens._open(tmp_path / "elsewhere", [])
+
+
 def test_a_chat_without_a_template_is_refused(
     opened: Callable[..., Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> None:
