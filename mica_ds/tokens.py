@@ -14,9 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
+from mica_ds.contents import hash_files
 from mica_ds.documents import PDF, Part, find_files, split, stored_files, where
 from mica_ds.encoding import SIGNATURE, Encoded, encode
 from mica_ds.errors import UserError
@@ -47,7 +47,6 @@ _BATCH = 4 << 20  # bytes that a process reads and tokenises at once
 _LARGE = 32 << 20  # bytes from which processes are worth the seconds that their start takes
 _VISIBLE = 90  # seconds after which a network file system shows to all nodes what one has written
 _tokenizer: PreTrainedTokenizerBase  # of a process that tokenises
-_SETTLED = 2  # seconds that a file must be old for its times to tell whether it has changed
 
 
 @dataclass
@@ -117,46 +116,12 @@ def _entry(files: list[Path], tokenizer: PreTrainedTokenizerBase, cache: Path) -
     state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
     about = [_VERSION, state, tokenizer.chat_template, tokenizer.eos_token_id]
     found = hashlib.sha256(json.dumps(about).encode())
-    for file, content in zip(files, _contents(files, cache), strict=True):
-        found.update(f"{file.suffix.lower()} {content}\n".encode())
+    contents = hash_files([inner for file in files for inner in stored_files(file)], cache / "files.json")
+    for file in files:
+        found.update(
+            " ".join([file.suffix.lower(), *(contents[inner] for inner in stored_files(file))]).encode() + b"\n"
+        )
     return found.hexdigest()[:32]
-
-
-def _contents(files: list[Path], cache: Path) -> list[str]:
-    """SHA-256 of each file, or what is known of it from an earlier start: a file is read again when its times or size
-    have changed.
-    """
-    index = cache / "files.json"
-    known: dict[str, list[Any]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(index.read_text())
-    stored = [inner for file in files for inner in stored_files(file)]
-    now = time.time()
-
-    def look(file: Path) -> list[Any]:
-        try:
-            state = file.stat()
-            looks = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-            before = known.get(str(file.absolute()))
-            if before and before[:3] == looks:
-                return before
-            with file.open("rb") as opened:
-                content = hashlib.file_digest(opened, "sha256").hexdigest()
-            # One that changes as we look may keep its times.
-            return [*looks, content] if now - max(state.st_mtime, state.st_ctime) > _SETTLED else [0, 0, 0, content]
-        except OSError as error:
-            return [0, 0, 0, f"unreadable: {error.strerror}"]
-
-    with ThreadPoolExecutor() as threads:
-        found = dict(zip(stored, threads.map(look, stored), strict=True))
-    fresh = {str(file.absolute()): what for file, what in found.items() if what[1]}
-    if any(known.get(file) != what for file, what in fresh.items()):
-        with suppress(OSError):  # a cache that is only read serves all the same
-            cache.mkdir(parents=True, exist_ok=True)
-            unfinished = partial(index)
-            unfinished.write_text(json.dumps(known | fresh))
-            os.replace(unfinished, index)
-    return [" ".join(found[inner][3] for inner in stored_files(file)) for file in files]
 
 
 def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase, may_skip: bool) -> None:
@@ -176,8 +141,10 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
             unfinished.mkdir(exist_ok=True)
             try:
                 _write(unfinished, files, key, tokenizer, may_skip)
-                with suppress(FileExistsError):  # without locks, another job may have been faster
-                    os.replace(unfinished, folder)
+                os.replace(unfinished, folder)
+            except OSError:
+                if not _is_whole(folder):  # without locks, another job may have been faster
+                    raise
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mica_ds import documents, encoding, tokens
+from mica_ds import contents, documents, encoding, tokens
 from mica_ds.errors import UserError
 from mica_ds.folders import locked
 from mica_ds.tokens import Tokens, open_tokens
@@ -103,7 +103,7 @@ def test_nothing_is_read_again_until_it_changes(
     def unexpected(*_: Any) -> Any:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(tokens, "_SETTLED", -1)
+    monkeypatch.setattr(contents, "_SETTLED", -1)
     first = opened()
     with monkeypatch.context() as patch:
         patch.setattr(tokens, "encode", unexpected)
