@@ -4,14 +4,10 @@ Jobs that share a cache may work on it at once: a file is replaced whole, and on
 `manifest.json` is written last, from the records.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from safetensors.torch import save_file
 
 from mica_ds import comm
 from mica_ds.errors import UserError
-from mica_ds.files import replacing
+from mica_ds.files import locked, replacing
 from mica_ds.shards import Matrix
 from mica_ds.solver import Solution
 
@@ -87,23 +83,14 @@ def write_basis(
     }
     file = basis_file(folder, matrix.name)
     try:
-        with _locked(folder):
+        with locked(folder / ".lock"):
             current = read_record(folder, matrix.name)
             if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
                 return  # another job was faster, perhaps with a larger r
-            with replacing(file, _job()) as partial:
+            with replacing(file, is_shared=True) as partial:
                 save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written: {error}") from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other jobs from replacing a basis meanwhile, where the file system knows locks."""
-    with open(folder / ".lock", "w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def await_record(folder: Path, name: str, wanted: Wanted, limit: float = 90) -> dict[str, Any]:
@@ -154,13 +141,8 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
     with suppress(OSError, ValueError, KeyError):
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
-    with replacing(file, _job()) as partial:
+    with replacing(file, is_shared=True) as partial:
         partial.write_text(json.dumps(manifest, indent=1))
-
-
-def _job() -> str:
-    """A name for this process: there may be a file system without locks, and several jobs write there at once."""
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _cut(record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mica_ds.data import read_documents, source_files
+from mica_ds.documents import read_documents, source_files
 from mica_ds.errors import UserError
 
 WRONG = 3  # options besides the right one

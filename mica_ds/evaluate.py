@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
 from mica_ds.config import EvaluateSettings
-from mica_ds.data import read_documents
+from mica_ds.documents import read_documents
 from mica_ds.inference import Likelihood, Runner, Sequence
 from mica_ds.questions import Choice, Open, prompt, read_questions
 from mica_ds.scores import Scores, perplexity

@@ -1,22 +1,48 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders that several jobs work on at once."""
 
+import fcntl
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(file: Path, writer: str = "") -> Iterator[Path]:
+def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     """Gives a path to write to, which takes the file's place at the end and is removed at an error. Local.
 
-    `writer` tells apart those that may write one file at once. Nothing is flushed to the disk: after a power cut the
-    file may be the earlier one, or empty.
+    `is_shared`: other jobs may write the same file now. Nothing is flushed to the disk: after a power cut the file may
+    be the earlier one, or empty.
     """
-    partial = file.with_name(f"{file.name}{writer and f'.{writer}'}.partial")
+    unfinished = partial(file) if is_shared else file.with_name(f"{file.name}.partial")
     try:
-        yield partial
-        os.replace(partial, file)
+        yield unfinished
+        os.replace(unfinished, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
+
+
+def partial(target: Path) -> Path:
+    """Where to write what is to become `target`: a name that no other job writes to. Local."""
+    return target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+@contextmanager
+def locked(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
+    """Keep other jobs out meanwhile; whether that worked, since not every file system knows locks. Local.
+
+    `waiting` is called where another job is inside, before this one waits for it.
+    """
+    with open(file, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_held = True
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            is_held = True
+        except OSError:
+            is_held = False
+        yield is_held

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mica_ds.data import read_jsonl
+from mica_ds.documents import read_jsonl
 from mica_ds.errors import UserError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

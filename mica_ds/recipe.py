@@ -33,6 +33,9 @@ from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.overlap import counts, write_report
+from mica_ds.overlap import examine as examine_data
+from mica_ds.packing import check_packing
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation, write_summary
@@ -61,12 +64,13 @@ def train(config: Config) -> None:
     folder = _open_run_folder(config)
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
+        check_packing(config)
         args = training_arguments(config, accumulation_steps(config))
         tokenizer = load_tokenizer(config.model)
     set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
-    comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
+    about_data = examine_data(config, dataset)
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
     checkpoint, step, is_over = start_point(config, origin, steps)
     if is_over and is_complete(config, step):
@@ -84,8 +88,10 @@ def train(config: Config) -> None:
                 with _writing(folder):
                     save_config(config, folder / "config.yaml")
                     (folder / "environment.txt").write_text(environment())
+                    tracker.artifact(write_report(about_data, folder))
                 for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
                     tracker.artifact(file)
+                tracker.metrics(counts(about_data))
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
@@ -122,7 +128,7 @@ def train(config: Config) -> None:
             load_trained(engine, best)
             after = evaluator.score(engine)
         before = scores_before(checkpoint, evaluator)
-        _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
+        _save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder / "probe.safetensors")
         summary = {
             **compare(before, after),
             "exported_step": step_of(best),
@@ -213,7 +219,7 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
     with comm.failing_together():
         for file in filter(None, (output, held_out)):
             check_absent(file)
-        documents = read_sources(config.data.corpus)
+        documents = read_sources([source.path for source in config.data.corpus])
         seed = config.train.get("seed", TrainingArguments.seed)
         drafts = draft_questions(documents, 3 * number if by_model else number, seed)
         if not drafts:

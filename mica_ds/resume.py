@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
@@ -15,7 +14,7 @@ from mica_ds.basis import Basis
 from mica_ds.best import is_out_of_patience, ranked_steps
 from mica_ds.checkpoint import read_frozen, read_history
 from mica_ds.config import Config, fixed_settings
-from mica_ds.data import digest
+from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import fingerprint_model
@@ -27,7 +26,7 @@ _WEIGHTS = "model.path (fingerprint of its weights)"
 _SCORED = "evaluate (SHA-256 of its questions and text)"
 
 
-def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator: Evaluator) -> dict[str, Any]:
+def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluator: Evaluator) -> dict[str, Any]:
     """What must be the same for a run to go on, by the keys of the config."""
     return {
         **fixed_settings(config),
@@ -35,7 +34,7 @@ def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator
         "data.global_batch": config.data.global_batch,
         "train.seed": args.seed,
         "train.data_seed": args.data_seed,
-        "data (SHA-256 of its tokens)": digest(dataset),
+        "data (SHA-256 of its tokens)": dataset.digest(),
         _SCORED: evaluator.digest,  # scores before and after are of the same
     }
 

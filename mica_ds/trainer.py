@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     Trainer,
@@ -22,10 +21,12 @@ from mica_ds import comm, signals
 from mica_ds.best import is_out_of_patience, ranked_steps
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
+from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
+from mica_ds.packing import check_separation
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
 from mica_ds.scores import Scores, is_scored, write_rows
 from mica_ds.shelf import read_state
@@ -48,7 +49,7 @@ def accumulation_steps(config: Config) -> int:
     return steps * config.data.sequence_parallel
 
 
-def total_steps(args: TrainingArguments, dataset: Dataset, global_batch: int) -> int:
+def total_steps(args: TrainingArguments, dataset: Sequences, global_batch: int) -> int:
     """The steps of the whole run, as the Trainer counts them. Local."""
     if args.max_steps > 0:
         return args.max_steps
@@ -112,6 +113,7 @@ class RunCallback(TrainerCallback):
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
         self._max_skipped, self._settings = config.checkpoint.max_skipped, config.evaluate
         self._folder, self._exports_best = config.output_dir, config.checkpoint.export == "best"
+        self._config = config
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
         self._random_state_of: Path | None = None
@@ -132,6 +134,7 @@ class RunCallback(TrainerCallback):
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        check_separation(self._trainer.model_wrapped, self._config)
         if "before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
             self._score(state, control)
@@ -338,7 +341,7 @@ def build_trainer(
     config: Config,
     model: nn.Module,
     args: TrainingArguments,
-    dataset: Dataset,
+    dataset: Sequences,
     evaluator: Evaluator,
     tracker: Tracker,
     origin: dict[str, Any],
