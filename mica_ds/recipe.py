@@ -4,13 +4,10 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -30,6 +27,7 @@ from mica_ds.doctor import examine, print_results
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
+from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.page import write_page
@@ -37,7 +35,7 @@ from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
 from mica_ds.resume import attach, checked_weights, fingerprints, frozen_tensors, is_complete, made_of, start_point
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints
+from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints, writing
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint
@@ -65,7 +63,7 @@ def train(config: Config) -> None:
     with Tracker(config) as tracker:
         with comm.failing_together():  # nothing is written before all that a user may have got wrong has been checked
             if comm.is_main():
-                with _writing(folder):
+                with writing(folder):
                     save_config(config, folder / "config.yaml")
                     (folder / "environment.txt").write_text(environment())
                 for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
@@ -114,7 +112,7 @@ def train(config: Config) -> None:
         with comm.failing_together():
             if comm.is_main():
                 summary |= _trained(checkpoint)
-                with _writing(folder):
+                with writing(folder):
                     exported = export_checkpoint(config, checkpoint)
                     comm.say(f"export: {exported}")
                     _record(config, summary, read_history(checkpoint), basis, exported, tracker)
@@ -164,14 +162,19 @@ def evaluate(config: Config) -> None:
         (folder / "evaluation.json").write_text(json.dumps(evaluated, indent=1))
 
 
-def export(config: Config) -> None:
-    """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
+def export(config: Config, is_merged: bool = False) -> None:
+    """Export the newest checkpoint of the run folder, merged into its base, or by rank 0 as an adapter. Collective."""
     checkpoint = find_checkpoint(config.output_dir / "checkpoints")
     with comm.failing_together():
+        if checkpoint is None:
+            raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
+    if is_merged:
+        comm.say(f"export: {merge_checkpoint(config, checkpoint)}")
+        return
+    with comm.failing_together():
         if comm.is_main():
-            if checkpoint is None:
-                raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
-            comm.say(f"export: {export_checkpoint(config, checkpoint)}")
+            with writing(config.output_dir):
+                comm.say(f"export: {export_checkpoint(config, checkpoint)}")
 
 
 def doctor(config: Config, as_json: bool) -> None:
@@ -197,17 +200,6 @@ def _open_run_folder(config: Config) -> Path:
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     return folder
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raise a UserError where the disk is full or fails. Local."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} cannot be written ({error}): make room or mend the disk, and start again to go on"
-        ) from None
 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
