@@ -61,7 +61,7 @@ class BasisSettings(Section):
 
 class DataSettings(Section):
     corpus: list[Path] = Field(min_length=1)
-    """Files (.txt, .md, .jsonl with a `text` key) or folders of them: what the model shall learn."""
+    """Files (.txt, .md, .jsonl with a `text` key, or `messages` for a chat) or folders of them: what to learn."""
     replay: list[Path] = []
     """General text, mixed in against forgetting."""
     replay_fraction: float = Field(default=0.25, ge=0, lt=1)

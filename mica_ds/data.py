@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from datasets import Dataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
+from mica_ds.chat import ChatError, chat_text, encode_chat
 from mica_ds.config import DataSettings
 from mica_ds.errors import UserError
 
@@ -55,9 +57,18 @@ def digest(rows: Dataset) -> str:
 def read_documents(sources: list[Path], key: str) -> list[str]:
     """The texts of files (.txt, .md: one document; .jsonl: one a line under `text`) and of folders of them, sorted.
 
-    Local. Raises: UserError that names `key`, the file and the line.
+    Of a chat (a line with `messages`) what is said in it. Local. Raises: UserError that names `key`, file and line.
     """
-    documents = []
+    texts = []
+    for where, document in _read_sources(sources, key):
+        with _named(where):
+            texts.append(document if isinstance(document, str) else chat_text(document))
+    return texts
+
+
+def _read_sources(sources: list[Path], key: str) -> list[tuple[str, Any]]:
+    """Each document with where it stands: its text, or what a row has for `messages`."""
+    documents: list[tuple[str, Any]] = []
     for source in sources:
         if not source.exists():
             raise UserError(f"{key}: {source} does not exist")
@@ -66,10 +77,19 @@ def read_documents(sources: list[Path], key: str) -> list[str]:
             raise UserError(f"{key}: {source} holds no file that ends in {', '.join(_ENDINGS)}")
         for file in files:
             documents.extend(_read_file(file, key))
-    documents = [document for document in documents if document.strip()]
+    documents = [document for document in documents if not isinstance(document[1], str) or document[1].strip()]
     if not documents:
         raise UserError(f"{key}: {', '.join(map(str, sources))} holds no text")
     return documents
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say which chat is wrong."""
+    try:
+        yield
+    except ChatError as error:
+        raise UserError(f"{where} {error}") from None
 
 
 def source_files(source: Path) -> list[Path]:
@@ -90,16 +110,19 @@ def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:
     return rows
 
 
-def _read_file(file: Path, key: str) -> list[str]:
+def _read_file(file: Path, key: str) -> list[tuple[str, Any]]:
     if file.suffix not in _ENDINGS:
         raise UserError(f"{key}: {file} does not end in {', '.join(_ENDINGS)}")
     if file.suffix != ".jsonl":
-        return [_read_text(file, key)]
+        return [(f"{key}: {file}", _read_text(file, key))]
     documents = []
     for where, row in read_jsonl(file, key):
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if isinstance(row, dict) and "messages" in row:
+            documents.append((f"{key}: {where}", row["messages"]))
+        elif isinstance(row, dict) and isinstance(row.get("text"), str):
+            documents.append((f"{key}: {where}", row["text"]))
+        else:
             raise UserError(f'{key}: {where} has no "text"')
-        documents.append(row["text"])
     return documents
 
 
@@ -113,29 +136,45 @@ def _read_text(file: Path, key: str) -> str:
 
 
 def _rows(settings: DataSettings, sources: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    tokenised = tokenizer(read_documents(sources, key), return_attention_mask=False)["input_ids"]
     end, length = tokenizer.eos_token_id, settings.sequence_length
-    documents = [[*document, end] for document in tokenised]
-    together = [documents] if settings.pack else [[document] for document in documents]
-    rows = [row for part in together for row in pack(part, length, padding=end)]
+    documents: list[list[int]] = []
+    labels: list[list[int]] = []
+    for where, document in _read_sources(sources, key):
+        if isinstance(document, str):
+            ids = [*tokenizer(document, return_attention_mask=False)["input_ids"], end]
+            is_learnt = [True] * len(ids)
+        else:
+            with _named(where):
+                ids, is_learnt = encode_chat(document, tokenizer)
+        documents.append(ids)
+        labels.append([token if learnt else -100 for token, learnt in zip(ids, is_learnt, strict=True)])
+    if settings.pack:
+        rows = pack(documents, length, end, labels)
+    else:
+        alone = zip(documents, labels, strict=True)
+        rows = [row for ids, theirs in alone for row in pack([ids], length, end, [theirs])]
     return Dataset.from_list([row for row in rows if any(label != -100 for label in row["labels"])])
 
 
-def pack(documents: Iterable[list[int]], length: int, padding: int) -> list[dict[str, list[int]]]:
+def pack(
+    documents: list[list[int]], length: int, padding: int, labels: list[list[int]] | None = None
+) -> list[dict[str, list[int]]]:
     """Lay documents end to end and cut the line into rows of `length`; the last row is padded.
 
     `position_ids` start again at 0 with each document: from them transformers (5.23) builds the mask that keeps the
-    documents of a row apart. A document's first token is not predicted (label -100): nothing precedes it. Local.
+    documents of a row apart. A document's first token is not predicted (label -100): nothing precedes it. `labels` are
+    each document's, where they are not its tokens. Local.
     """
     rows: list[dict[str, list[int]]] = []
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for document in documents:
+    for document, theirs in zip(documents, labels or documents, strict=True):
         while document:
             room = length - len(row["input_ids"])
             piece, document = document[:room], document[room:]
             row["input_ids"] += piece
-            row["labels"] += [-100, *piece[1:]]
+            row["labels"] += [-100, *theirs[1:room]]
             row["position_ids"] += range(len(piece))
+            theirs = theirs[room:]
             if len(row["input_ids"]) == length:
                 rows.append(row)
                 row = {"input_ids": [], "labels": [], "position_ids": []}
