@@ -1,6 +1,6 @@
 """A merged model: the base checkpoint's own files again, with (alpha / r) B A added to what the adapter is on.
 
-The files are cut into pieces of some MiB. A piece is read from the base, added to in fp32, rounded once to the stored
+The files are cut into pieces. A piece is read from the base, added to in fp32, rounded once to the stored
 dtype, and written to the same place of a file of the same length: so headers, order and all other bytes are the
 base's. Any number of ranks and threads share the pieces, those of one file too, and only a few are in memory. Each is
 noted with the SHA-256 of what was written; an interrupted export goes on with those that are not on the disk as noted.
@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +28,11 @@ from mica_ds.errors import UserError
 from mica_ds.fingerprint import WEIGHTS, fingerprint_parameters, label, mixed_sum
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, load_skeleton
+from mica_ds.pieces import PIECE, Piece, cut, read, share
 from mica_ds.shelf import STATE, check_origin, file_hash, put_in_place, read_state, sync, writing
-from mica_ds.weights import Region, StoredTensor, open_checkpoint, read_layout, stored_tensor
+from mica_ds.weights import StoredTensor, open_checkpoint, stored_tensor
 
 MANIFEST = "merge.json"
-PIECE = 16 << 20  # bytes; a thread holds a piece and its values in fp32
 _THREADS = 4
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -53,31 +52,6 @@ class _Delta:
         A_RI, B_OR = _whole(self.A), _whole(self.B)
         left_MR, right_RN = (A_RI.T, B_OR.T) if self.is_transposed else (B_OR, A_RI)
         W_MN.copy_(torch.addmm(W_MN.float(), left_MR[first : first + len(W_MN)], right_RN, alpha=self.scale))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a tensor, or the header, where there is no region."""
-
-    region: Region | None
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some bytes of a file."""
-
-    file: str
-    rows: tuple[_Rows, ...]
-
-    @property
-    def start(self) -> int:
-        return self.rows[0].start
-
-    @property
-    def size(self) -> int:
-        return self.rows[-1].stop - self.start
 
 
 @dataclass
@@ -105,7 +79,7 @@ class _Plan:
             self.labels[name] = label(name, tuple(parameter.shape), self.dtype)
         self.deltas = _deltas(config, checkpoint, skeleton, stored)
         self.files = sorted({tensor.file.name for tensor in stored.values()})
-        self.pieces = [piece for file in self.files for piece in _cut(self.base / file)]
+        self.pieces = [piece for file in self.files for piece in cut(self.base / file)]
         for piece in self.pieces:
             for rows in piece.rows:
                 if rows.region and (piece.file, rows.region.key) in self.names and rows.region.dtype not in _STORED:
@@ -141,15 +115,6 @@ class _Plan:
             "piece": PIECE,
         }
 
-    def share(self, rank: int) -> list[_Piece]:
-        """The pieces of one rank: neighbours, and as many bytes as any other has."""
-        chosen, before = [], 0
-        for piece in self.pieces:
-            if before * comm.world_size() // self.size == rank:
-                chosen.append(piece)
-            before += piece.size
-        return chosen
-
 
 def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
     """Merge a checkpoint's adapter into its base model, in `merged/` of the run folder, and return that. Collective.
@@ -179,6 +144,7 @@ def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
     comm.barrier()  # all have read before any writes more
     with comm.failing_together(), writing(partial):
         written = _write_share(plan, partial, notes)
+    kept = sum(comm.gather(sum(notes.get(place) is note for place, note in written.items())))
     _check_base(plan, partial, written)
     _check_pieces(plan, partial, written)
     hashes = _hashes(partial, [*plan.files, *(file.name for file in plan.others)])
@@ -193,6 +159,8 @@ def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
                     sync(file)
                 put_in_place(partial, target)
     seconds = time.perf_counter() - started
+    if kept:
+        comm.say(f"merge: {kept} of {len(plan.pieces)} pieces were there already")
     comm.say(
         f"merge: {plan.size / 1e9:.2f} GB in {seconds:.1f} s ({plan.size / 1e9 / seconds:.2f} GB/s), "
         f"memory of a rank up by at most {grown / 2**30:.2f} GiB"
@@ -222,28 +190,6 @@ def _deltas(
 
 def _whole(tensor: StoredTensor) -> torch.Tensor:
     return tensor.read(0, math.prod(tensor.shape)).view(tensor.shape)
-
-
-def _cut(file: Path) -> Iterator[_Piece]:
-    """The whole file as pieces of about `PIECE` bytes, cut at rows."""
-    gathered: list[_Rows] = []
-    for rows in _all_rows(file):
-        if gathered and rows.stop - gathered[0].start > PIECE:
-            yield _Piece(file.name, tuple(gathered))
-            gathered = []
-        gathered.append(rows)
-    yield _Piece(file.name, tuple(gathered))
-
-
-def _all_rows(file: Path) -> Iterator[_Rows]:
-    layout = read_layout(file)
-    yield _Rows(None, 0, layout[0].start if layout else file.stat().st_size)
-    for region in layout:
-        if region.stop > region.start:
-            row = (region.stop - region.start) // (region.shape[0] if region.shape else 1)
-            step = max(1, PIECE // row) * row
-            for start in range(region.start, region.stop, step):
-                yield _Rows(region, start, min(start + step, region.stop))
 
 
 def _is_whole(target: Path, origin: dict[str, Any]) -> bool:
@@ -300,11 +246,11 @@ def _read_notes(partial: Path) -> dict[tuple[str, int], _Note]:
 
 def _write_share(plan: _Plan, partial: Path, notes: dict[tuple[str, int], _Note]) -> dict[tuple[str, int], _Note]:
     """Write this rank's pieces, all but those that are there as noted, and return the notes of all of them. Local."""
-    mine, written = plan.share(comm.rank()), {}
+    mine, written = share(plan.pieces, comm.rank()), {}
 
-    def work(piece: _Piece) -> tuple[_Note, bool]:
+    def work(piece: Piece) -> tuple[_Note, bool]:
         note = notes.get((piece.file, piece.start))
-        if note and note.sha256 == hashlib.sha256(_read(partial, piece)).hexdigest():
+        if note and note.sha256 == hashlib.sha256(read(partial, piece)).hexdigest():
             return note, False
         return _write(plan, partial, piece), True
 
@@ -329,9 +275,9 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(_THREADS, torch.get_num_threads()))
 
 
-def _write(plan: _Plan, partial: Path, piece: _Piece) -> _Note:
+def _write(plan: _Plan, partial: Path, piece: Piece) -> _Note:
     """Read a piece of the base, add to it, and write it. Local."""
-    data, sums = _read(plan.base, piece), {}
+    data, sums = read(plan.base, piece), {}
     for rows in piece.rows:
         place = (piece.file, rows.region.key) if rows.region else None
         if place not in plan.names or rows.region is None:
@@ -348,20 +294,6 @@ def _write(plan: _Plan, partial: Path, piece: _Piece) -> _Note:
         file.seek(piece.start)
         file.write(data)
     return _Note(hashlib.sha256(data).hexdigest(), sums)
-
-
-def _read(folder: Path, piece: _Piece) -> bytearray:
-    """The bytes of a piece; read, for pages of a map would count as this process's memory. Local."""
-    data = bytearray(piece.size)
-    try:
-        with (folder / piece.file).open("rb") as file:
-            file.seek(piece.start)
-            length = file.readinto(data)
-    except OSError as error:
-        raise UserError(f"{folder / piece.file} cannot be read ({error.strerror}): mend the disk") from None
-    if length != piece.size:
-        raise UserError(f"{folder / piece.file} has become shorter while it was read")
-    return data
 
 
 def _check_base(plan: _Plan, partial: Path, written: dict[tuple[str, int], _Note]) -> None:
@@ -386,8 +318,8 @@ def _check_pieces(plan: _Plan, partial: Path, written: dict[tuple[str, int], _No
     """Read another rank's pieces from the disk, and compare them with what it wrote. Collective."""
     hashes = {place: note.sha256 for part in comm.gather(written) for place, note in part.items()}
     with comm.failing_together(), _threads() as threads:
-        pieces = plan.share((comm.rank() + 1) % comm.world_size())
-        found = threads.map(lambda piece: hashlib.sha256(_read(partial, piece)).hexdigest(), pieces)
+        pieces = share(plan.pieces, comm.rank() + 1)
+        found = threads.map(lambda piece: hashlib.sha256(read(partial, piece)).hexdigest(), pieces)
         for piece, sha256 in zip(pieces, found, strict=True):
             if sha256 != hashes[piece.file, piece.start]:
                 raise UserError(f"{partial / piece.file} is not what was written to it: mend the disk, and start again")

@@ -47,7 +47,9 @@ def forge_checkpoint(file: Path, *overrides: str) -> Path:
     ).save_pretrained(folder)
     adapter = config.model_dump(mode="json")["adapter"]
     origin = {"model.dtype": config.model.dtype, **{f"adapter.{key}": value for key, value in adapter.items()}}
-    origin["model.path (fingerprint of its weights)"] = fingerprint(config.model.path, model, DTYPES[config.model.dtype])
+    origin["model.path (fingerprint of its weights)"] = fingerprint(
+        config.model.path, model, DTYPES[config.model.dtype]
+    )
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
     (folder / "state.json").write_text(json.dumps({"step": 1, "origin": origin, "files": files}))
     return folder
