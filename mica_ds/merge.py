@@ -104,12 +104,10 @@ class _Plan:
     @property
     def origin(self) -> dict[str, Any]:
         """What a merged model, or half of one, must agree with to be this one."""
-        stats = [(self.base / name).stat() for name in self.files]
+        stats = {file.name: file.stat() for file in (*(self.base / name for name in self.files), *self.others)}
         return {
             "base": str(self.base.absolute()),
-            "base_files": {
-                name: [stat.st_size, stat.st_mtime_ns] for name, stat in zip(self.files, stats, strict=True)
-            },
+            "base_files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
             "checkpoint": str(self.checkpoint.absolute()),
             "checkpoint_sha256": file_hash(self.checkpoint / STATE),  # it holds the hashes of its other files
             "piece": PIECE,
