@@ -215,10 +215,13 @@ def _prepare(partial: Path, plan: _Plan, origin: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     there = sum(file.stat().st_blocks * 512 for file in partial.iterdir())
-    free = shutil.disk_usage(partial).free
-    if free + there < plan.size:
+    room = shutil.disk_usage(partial).free + there
+    needed = plan.size + sum(file.stat().st_size for file in plan.others)
+    if room < needed:
+        if not there:
+            partial.rmdir()
         raise UserError(
-            f"{partial} has room for {(free + there) / 1e9:.1f} GB, but the merged model has {plan.size / 1e9:.1f}: "
+            f"{partial.parent} has room for {room / 1e9:.2f} GB, but the merged model takes {needed / 1e9:.2f}: "
             "make room, and start again"
         )
     for file in plan.others:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -66,7 +67,7 @@ class Case:
 
 
 def make_case(folder: Path, base: Path, dtype: str = "float32", **sections: Any) -> Case:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     sections = {"model": {"path": str(base), "dtype": dtype}, **sections}
     config = write_config(folder, base, **sections)
     forge_checkpoint(config)
@@ -154,7 +155,7 @@ def assert_logits_are_the_adapters(case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+def cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Case]]:
     """One run of two ranks exports all of these, as an adapter and merged."""
     root = tmp_path_factory.mktemp("merge")
     made = {name: make_case(root / name, write_tiny_model(name, root / f"{name}-base")) for name in TINY}
@@ -170,9 +171,18 @@ def cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     full = write_tiny_model("llama", root / "full-base")
     made["full"] = make_case(root / "full", full, adapter={"method": "full"})
     made["tied"] = make_case(root / "tied", full, adapter={"targets": ["embed_tokens", "q_proj"]})
-    finished = start_ranks(2, [str(case.config) for case in made.values()], "tests.dist.merging")
-    assert finished.codes == [0, 0], finished.output
-    return made
+    disk = root / "small" / "run"
+    disk.mkdir(parents=True)
+    is_mounted = os.system(f"mount -t tmpfs -o size=9m tmpfs {disk} 2>/dev/null") == 0
+    if is_mounted:
+        made["small"] = make_case(root / "small", full)
+    try:
+        finished = start_ranks(2, [str(case.config) for case in made.values()], "tests.dist.merging")
+        assert finished.codes == [0, 0], finished.output
+        yield made
+    finally:
+        if is_mounted:
+            os.system(f"umount {disk}")
 
 
 def _odd_header(folder: Path) -> Path:
@@ -200,9 +210,12 @@ def test_the_merged_model_is_the_base_and_its_adapter(name: str, cases: dict[str
         ("damaged", "does not hold the weights that"),
         ("full", "adapter.method=full has nothing to merge"),
         ("tied", "adapter.targets: model.embed_tokens shares its weight with another module"),
+        ("small", "has room for 0.0"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(name: str, message: str, cases: dict[str, Case]) -> None:
+    if name not in cases:
+        pytest.skip("only root may mount the small disk that this needs")
     assert message in (cases[name].said or "")
     assert not list(cases[name].run.glob("merged*"))
 
@@ -277,6 +290,14 @@ def test_vllm_would_take_the_adapter(name: str, cases: dict[str, Case], tmp_path
         served(case.adapter, shapes, SERVED[name] - {"o_proj"}, 16)
 
 
+def plain_adapter(case: Case) -> Path:
+    """The forged checkpoint as an adapter, without our export."""
+    folder = case.run / "checkpoints" / "step-000001"
+    tensors = load_file(folder / "model-00001.safetensors") | load_file(folder / "frozen.safetensors")
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 # A user's own program, with none of ours at hand.
 PLAIN = """
 import sys
@@ -313,7 +334,6 @@ def test_a_killed_export_goes_on(smollm2: Path, tmp_path: Path) -> None:
     assert done < pieces
     growth = float(finished.output.split("memory of a rank up by at most ")[1].split()[0])
     assert growth * 2**30 < 3 / 8 * (smollm2 / "model.safetensors").stat().st_size  # 3 GiB of 8 GB
-    assert start_ranks(1, ["export", str(case.config)]).codes == [0]
     assert_files_are_the_bases(case)
     assert_weights_are_the_sum(case, every=23)
     (tmp_path / "plain.py").write_text(PLAIN)
@@ -322,7 +342,7 @@ def test_a_killed_export_goes_on(smollm2: Path, tmp_path: Path) -> None:
     )
     assert loaded.codes == [0], loaded.output
     found = load_file(tmp_path / "logits")["logits"]
-    adapted = logits(PeftModel.from_pretrained(case.load(case.base), case.adapter, low_cpu_mem_usage=True))
+    adapted = logits(PeftModel.from_pretrained(case.load(case.base), plain_adapter(case), low_cpu_mem_usage=True))
     assert (found - adapted).abs().max() < TOLERANCE["float32"] * adapted.abs().max()
 
 
