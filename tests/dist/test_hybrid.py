@@ -88,7 +88,7 @@ def test_documents_then_dialogues(smollm2: Path, tmp_path: Path) -> None:
     assert_answers_alone_were_learnt(tmp_path / "notes" / "0.jsonl", tokenizer)
     before = answer_loss(model, tokenizer)
     tuned = PeftModel.from_pretrained(model, second.parent / "run" / "adapter").eval()
-    assert answer_loss(tuned, tokenizer) < 0.9 * before
+    assert answer_loss(tuned, tokenizer) < 0.95 * before
 
 
 def assert_answers_alone_were_learnt(notes: Path, tokenizer: Any) -> None:
