@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,8 @@ from mica_ds.weights import StoredTensor, open_checkpoint, stored_tensor
 
 MANIFEST = "merge.json"
 _THREADS = 4
-_BLOCK = (
-    1 << 19
-)  # elements added to at a time: in fp32 they stay in a core's cache, six times faster than a whole piece
+# Elements that are added to at a time: in fp32 they stay in a core's cache, which is six times as fast as a whole piece.
+_BLOCK = 1 << 19
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -66,7 +65,7 @@ class _Note:
     """What is known of a piece once it is written."""
 
     sha256: str
-    sums: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, int]
     """For each parameter in it its share of the base's fingerprint."""
 
 
@@ -135,7 +134,7 @@ def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
             raise UserError("adapter.method=full has nothing to merge: `mica-ds export` writes the whole model already")
         check_origin(checkpoint, fixed_settings(config))
         plan = _Plan(config, checkpoint)
-        origin = plan.origin
+    origin = comm.gather(plan.origin)[0]  # a node's own copy of the base has other times
     target = config.output_dir / "merged"
     if _is_whole(target, origin):
         comm.say(f"merge: {target} is whole already, and as it was written")
