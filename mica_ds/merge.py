@@ -34,7 +34,7 @@ from mica_ds.weights import StoredTensor, open_checkpoint, stored_tensor
 
 MANIFEST = "merge.json"
 _THREADS = 4
-# Elements that are added to at a time: in fp32 they stay in a core's cache, which is six times as fast as a whole piece.
+# Elements that are added to at a time: in fp32 they stay in a core's cache, six times as fast as a whole piece.
 _BLOCK = 1 << 19
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _OTHER_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -134,7 +134,8 @@ def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
             raise UserError("adapter.method=full has nothing to merge: `mica-ds export` writes the whole model already")
         check_origin(checkpoint, fixed_settings(config))
         plan = _Plan(config, checkpoint)
-    origin = comm.gather(plan.origin)[0]  # a node's own copy of the base has other times
+        origin = plan.origin
+    origin = comm.gather(origin)[0]  # a node's own copy of the base has other times
     target = config.output_dir / "merged"
     if _is_whole(target, origin):
         comm.say(f"merge: {target} is whole already, and as it was written")
