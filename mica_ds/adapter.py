@@ -126,7 +126,7 @@ def attach_adapter(
 
 def frozen_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, torch.Tensor]:
     """MiCA's B (out, r) of all modules by peft's names, fp32, from the cache. Local."""
-    return {_factor_name(name, module, "B"): basis[name] for name, module in modules.items()}
+    return {factor_name(name, module, "B"): basis[name] for name, module in modules.items()}
 
 
 def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:
@@ -141,11 +141,12 @@ def lora_parameters(modules: dict[str, nn.Module], r: int) -> int:
 
 
 def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis) -> None:
-    zeros = {_factor_name(name, m, "A"): torch.zeros(r, weight_shape(m)[1]) for name, m in modules.items()}
+    zeros = {factor_name(name, m, "A"): torch.zeros(r, weight_shape(m)[1]) for name, m in modules.items()}
     set_peft_model_state_dict(model, zeros | frozen_factors(modules, basis), low_cpu_mem_usage=True)
 
 
-def _factor_name(name: str, module: nn.Module, factor: str) -> str:
+def factor_name(name: str, module: nn.Module, factor: str) -> str:
+    """What peft calls the factor (`A` or `B`) of a module's adapter, in a file. Local."""
     kind = f"lora_embedding_{factor}" if isinstance(module, nn.Embedding) else f"lora_{factor}.weight"
     return f"base_model.model.{name}.{kind}"
 

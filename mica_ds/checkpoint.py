@@ -5,7 +5,6 @@ MiCA's frozen B (`frozen`), each rank's random states (`random.json`), transform
 `state.json` the rest: steps, scheduler, what the checkpoint belongs to, and the SHA-256 of every other file.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from mica_ds import comm
 from mica_ds.errors import UserError
 from mica_ds.optimizer import MASTER, MOMENTS, fill_states, gather_states, optimizer_step
 from mica_ds.shards import fill_partition
-from mica_ds.shelf import STATE, checkpoint_folder, read_state, rotate
+from mica_ds.shelf import STATE, checkpoint_folder, file_hash, read_state, rotate, sync
 from mica_ds.weights import open_checkpoint
 
 _RANDOM, _FROZEN = "random.json", "frozen.safetensors"
@@ -73,9 +72,9 @@ def save_checkpoint(
                 hashes = {file.name: _sync_and_hash(file) for file in sorted(partial.iterdir())}
                 steps = {"step": progress.global_step, "optimizer_step": optimizer_step(engine)}
                 (partial / STATE).write_text(json.dumps({**steps, **about, "files": hashes}, indent=1))
-                _sync_and_hash(partial / STATE)
+                sync(partial / STATE)
                 os.replace(partial, target)
-                _sync_folder(folder)
+                sync(folder)
             except (OSError, SafetensorError) as failure:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise UserError(
@@ -183,6 +182,11 @@ def tensor_files(checkpoint: Path) -> list[Path]:
     return _files_of(checkpoint, MASTER)
 
 
+def factor_files(checkpoint: Path) -> list[Path]:
+    """The files that hold an adapter's factors, trained or frozen, by peft's names. Local."""
+    return [*tensor_files(checkpoint), *checkpoint.glob(_FROZEN)]
+
+
 def adapter_norms(checkpoint: Path) -> dict[str, float]:
     """The Frobenius norms of an adapter's A, over all layers, by target: `norm_A/q_proj`. Local."""
     squares: dict[str, float] = {}
@@ -220,12 +224,5 @@ def _files_of(checkpoint: Path, key: str) -> list[Path]:
 
 
 def _sync_and_hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync(file)
+    return file_hash(file)

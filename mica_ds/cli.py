@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -80,9 +80,16 @@ def questions(
 
 
 @app.command()
-def export(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Write the run's newest checkpoint as a peft adapter (or, after full fine-tuning, as a model)."""
-    _run("export", config, overrides)
+def export(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    form: Annotated[
+        Literal["adapter", "merged"],
+        typer.Option("--format", help="The adapter for peft, or the base model with the adapter merged into it."),
+    ] = "adapter",
+) -> None:
+    """Write the run's newest checkpoint, or its best, as a peft adapter or merged into its base (after full training: a model)."""
+    _run("export", config, overrides, is_merged=form == "merged")
 
 
 @app.command()

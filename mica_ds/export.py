@@ -1,7 +1,6 @@
 """A run's checkpoint in the formats that others load: a peft adapter, or after full fine-tuning a model folder."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig
 from mica_ds.checkpoint import read_tensors, tensor_files
 from mica_ds.config import Config, fixed_settings
 from mica_ds.model import DTYPES, load_tokenizer
-from mica_ds.shelf import check_origin
+from mica_ds.shelf import check_origin, put_in_place
 
 
 def export_checkpoint(config: Config, checkpoint: Path) -> Path:
@@ -30,12 +29,7 @@ def export_checkpoint(config: Config, checkpoint: Path) -> Path:
         _write_model(config, checkpoint, partial)
     else:
         _write_adapter(config, checkpoint, partial)
-    old = target.with_name(f"{target.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)  # never half of one under its name
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+    put_in_place(partial, target)
     return target
 
 

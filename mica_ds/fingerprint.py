@@ -9,6 +9,9 @@ from torch import nn
 from mica_ds import comm
 from mica_ds.shards import Matrix, full_shape, own_slice
 
+WEIGHTS = "model.path (fingerprint of its weights)"
+"""The key under which a checkpoint names the base model that it belongs to."""
+
 
 def describe(matrix: Matrix, dtype: torch.dtype, total: int) -> str:
     """The fingerprint of a whole matrix, from the sum over all its elements. Local."""
@@ -17,13 +20,23 @@ def describe(matrix: Matrix, dtype: torch.dtype, total: int) -> str:
 
 def fingerprint_model(model: nn.Module) -> str:
     """The fingerprint of a partitioned model's parameters, each rank reading its own slices once. Collective."""
-    names, sums = [], []
+    labels, sums = [], []
     for name, parameter in model.named_parameters():
         start, values = own_slice(parameter)
-        names.append(f"{name} {full_shape(parameter)} {values.dtype}")
+        labels.append(label(name, full_shape(parameter), values.dtype))
         sums.append(mixed_sum(values, start))
-    totals = comm.sum_(torch.stack(sums)).tolist()
-    return hashlib.sha256(repr(list(zip(names, totals, strict=True))).encode()).hexdigest()
+    return fingerprint_parameters(labels, torch.stack(sums))
+
+
+def fingerprint_parameters(labels: list[str], sums: torch.Tensor) -> str:
+    """The same from each rank's sums over what it has read, one a parameter (int64), and the labels. Collective."""
+    totals = comm.sum_(sums).tolist()
+    return hashlib.sha256(repr(list(zip(labels, totals, strict=True))).encode()).hexdigest()
+
+
+def label(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """What a fingerprint says of a parameter besides its values. Local."""
+    return f"{name} {shape} {dtype}"
 
 
 def mixed_sum(values: torch.Tensor, start: int) -> torch.Tensor:

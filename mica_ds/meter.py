@@ -31,7 +31,9 @@ _MEGABYTE = 1_000_000  # as in MLflow's own system metrics
 
 def peak_rss() -> int:
     """The most memory this process has had resident so far, in bytes. Local."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    # Not getrusage, which counts what the program that started this one held before it gave way to it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def rss() -> int:

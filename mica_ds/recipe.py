@@ -3,14 +3,11 @@
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -31,6 +28,7 @@ from mica_ds.draft import check_absent, draft_questions, most_open, read_sources
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
+from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.overlap import counts, write_report
@@ -52,7 +50,7 @@ from mica_ds.resume import (
 )
 from mica_ds.scores import MEASURES, Scores, compare, course, is_scored, remove_rows, write_rows
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints, step_of
+from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints, step_of, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
@@ -85,7 +83,7 @@ def train(config: Config) -> None:
     with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
         with comm.failing_together():  # nothing is written before all that a user may have got wrong has been checked
             if comm.is_main():
-                with _writing(folder):
+                with writing(folder):
                     save_config(config, folder / "config.yaml")
                     (folder / "environment.txt").write_text(environment())
                     tracker.artifact(write_report(about_data, folder))
@@ -144,7 +142,7 @@ def train(config: Config) -> None:
         with comm.failing_together():
             if comm.is_main():
                 summary |= _trained(checkpoint)
-                with _writing(folder):
+                with writing(folder):
                     exported = export_checkpoint(config, best)
                     comm.say(f"export: {exported}")
                     for name, found in (("before", before), ("after", after)):
@@ -207,7 +205,7 @@ def evaluate(config: Config) -> None:
     }
     with comm.failing_together():
         if comm.is_main():
-            with _writing(folder):
+            with writing(folder):
                 for name, found in (("base", before), ("checkpoint", after)) if checkpoint else (("base", after),):
                     write_rows(found.rows if found else [], folder, name)
                 write_evaluation(evaluated, folder)
@@ -246,14 +244,24 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     return [row["losses"] for row in scores.rows]
 
 
-def export(config: Config) -> None:
+def export(config: Config, is_merged: bool = False) -> None:
     """Export the run folder's newest checkpoint, or its best. Collective, though rank 0 alone works."""
     checkpoint = _checkpoint(config)
+
+
+def export(config: Config, is_merged: bool = False) -> None:
+    """Export the newest checkpoint of the run folder, merged into its base, or by rank 0 as an adapter. Collective."""
+    checkpoint = find_checkpoint(config.output_dir / "checkpoints")
+    with comm.failing_together():
+        if checkpoint is None:
+            raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
+    if is_merged:
+        comm.say(f"export: {merge_checkpoint(config, checkpoint)}")
+        return
     with comm.failing_together():
         if comm.is_main():
-            if checkpoint is None:
-                raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
-            comm.say(f"export: {export_checkpoint(config, checkpoint)}")
+            with writing(config.output_dir):
+                comm.say(f"export: {export_checkpoint(config, checkpoint)}")
 
 
 def doctor(config: Config, as_json: bool) -> None:
@@ -279,17 +287,6 @@ def _open_run_folder(config: Config) -> Path:
         except OSError as error:
             raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     return folder
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Raise a UserError where the disk is full or fails. Local."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{folder} cannot be written ({error}): make room or mend the disk, and start again to go on"
-        ) from None
 
 
 def _checkpoint(config: Config) -> Path | None:

@@ -17,12 +17,11 @@ from mica_ds.config import Config, fixed_settings
 from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
-from mica_ds.fingerprint import fingerprint_model
+from mica_ds.fingerprint import WEIGHTS, fingerprint_model
 from mica_ds.report import SUMMARY
 from mica_ds.scores import Scores
 from mica_ds.shelf import check_origin, find_best, find_checkpoint, read_state
 
-_WEIGHTS = "model.path (fingerprint of its weights)"
 _SCORED = "evaluate (SHA-256 of its questions and text)"
 
 
@@ -45,8 +44,8 @@ def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -
     Raises: UserError where the checkpoint was made from other weights.
     """
     if checkpoint and config.adapter.method == "full":  # it holds all weights, and the base was not read
-        return {_WEIGHTS: read_state(checkpoint)["origin"][_WEIGHTS]}
-    found = {_WEIGHTS: fingerprint_model(model)}
+        return {WEIGHTS: read_state(checkpoint)["origin"][WEIGHTS]}
+    found = {WEIGHTS: fingerprint_model(model)}
     with comm.failing_together():
         if checkpoint:
             check_origin(checkpoint, found)
@@ -55,7 +54,7 @@ def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -
 
 def fingerprints(origin: dict[str, Any], basis: Basis | None) -> dict[str, str]:
     """What says which weights a run is made of, for its records. Local."""
-    found = {"fingerprint.model": origin[_WEIGHTS]}
+    found = {"fingerprint.model": origin[WEIGHTS]}
     return {**found, "fingerprint.basis": basis.manifest["fingerprint"]} if basis else found
 
 

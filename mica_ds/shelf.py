@@ -4,8 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mica_ds import comm
 from mica_ds.errors import UserError
@@ -102,9 +106,8 @@ def _fault(checkpoint: Path) -> str | None:
         if strangers := {file.name for file in checkpoint.iterdir()} - {STATE, *state["files"]}:
             return f"{checkpoint / min(strangers)} does not belong to a checkpoint"  # transformers would unpickle some
         for name, expected in state["files"].items():
-            with (checkpoint / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                    return f"{checkpoint / name} is damaged"
+            if file_hash(checkpoint / name) != expected:
+                return f"{checkpoint / name} is damaged"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{checkpoint} is incomplete or no checkpoint: {error.filename} cannot be read ({error.strerror})"
     except OSError as error:  # it may be whole: nothing is concluded from a disk that fails
@@ -140,3 +143,38 @@ def _remove(checkpoint: Path) -> None:
     partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
     os.replace(checkpoint, partial)
     shutil.rmtree(partial)
+
+
+def file_hash(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits. Local."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Local."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a folder that is whole its name, instead of what had it before. Local, on one rank."""
+    old = target.with_name(f"{target.name}.old{_PARTIAL}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)  # never half of one under its name
+    os.replace(partial, target)
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise a UserError where the disk is full or fails. Local."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room or mend the disk, and start again to go on"
+        ) from None

@@ -31,6 +31,31 @@ class StoredTensor:
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
 
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor lies in a safetensors file, in bytes from the file's beginning."""
+
+    key: str
+    dtype: str
+    """As the format names it: F32, BF16, F16, …"""
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_layout(file: Path) -> list[Region]:
+    """The tensors of a safetensors file in the order in which they lie there, without gaps, after its header. Local."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    regions = [
+        Region(key, entry["dtype"], tuple(entry["shape"]), *(8 + length + offset for offset in entry["data_offsets"]))
+        for key, entry in header.items()
+    ]
+    return sorted(regions, key=lambda region: (region.start, region.stop))
+
+
 def open_checkpoint(path: Path, files: list[Path] | None = None) -> dict[str, StoredTensor]:
     """The tensors of a transformers checkpoint (or of the given files) by name. Local.
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit bases, training, evaluation and export; each starts once the one before has ended well:
 #   bash slurm/pipeline.sh --nodes=2 CONFIG [key=value ...]
-# Options before CONFIG are sbatch's, for the two jobs with GPUs.
+# Options before CONFIG are sbatch's, for the two jobs with GPUs; but --format=merged exports the merged model.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,9 +12,12 @@ fail() {
   exit 2
 }
 
-gpu_job=()
+gpu_job=() export_as=()
 while [[ "${1:-}" == -* ]]; do
-  gpu_job+=("$1")
+  case $1 in
+    --format=*) export_as=("$1") ;;
+    *) gpu_job+=("$1") ;;
+  esac
   shift
 done
 [ $# -gt 0 ] || fail "no config; bash slurm/pipeline.sh --nodes=2 CONFIG [key=value ...]"
@@ -24,14 +27,19 @@ source "${CLUSTER_ENV:-slurm/cluster.env}"
 set -u
 
 for verb in basis train evaluate export; do
+  arguments=("$@")
   case $verb in
     basis) options=("${CPU_JOB[@]}") ;;
-    export) options=("${CPU_JOB[@]}" --nodes=1 --ntasks-per-node=1) ;;
+    export)
+      options=("${CPU_JOB[@]}")
+      [ "${export_as[*]}" = --format=merged ] || options+=(--nodes=1 --ntasks-per-node=1) # an adapter takes one rank
+      arguments+=("${export_as[@]}")
+      ;;
     *) options=("${gpu_job[@]}") ;;
   esac
   # A job whose predecessor fails is cancelled, and does not wait for ever.
   [ ${#jobs[@]} -eq 0 ] || options+=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
-  job=$(sbatch --parsable "${options[@]}" "slurm/$verb.sbatch" "$@") ||
+  job=$(sbatch --parsable "${options[@]}" "slurm/$verb.sbatch" "${arguments[@]}") ||
     fail "sbatch refused the job for $verb, for the reason above; the jobs before it are cancelled"
   jobs+=("${job%;*}") # a cluster's name may follow
   echo "$verb: job ${jobs[-1]}"

@@ -124,7 +124,8 @@ def loss(make_site: Callable[[Path], Site], tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> None:
-    command = ["bash", "slurm/pipeline.sh", "--nodes=2", "--ntasks-per-node=1", str(site.config)]
+    options = ["--nodes=2", "--ntasks-per-node=1", "--format=merged"]
+    command = ["bash", "slurm/pipeline.sh", *options, str(site.config)]
     lines = [line.split(": job ") for line in site.slurm.run(*command, **site.variables).splitlines()]
     assert [verb for verb, _ in lines] == ["basis", "train", "evaluate", "export"], lines
     site.jobs += [job for _, job in lines]
@@ -135,6 +136,7 @@ def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> Non
     assert "14 matrices, r = 4, 14 solved" in (log := "".join(site.outputs().values()))
     assert "14 matrices, r = 4, all from the cache" in log
     assert json.loads((site.run / "evaluation.json").read_text())["checkpoint"] == f"step-{STEPS:06d}"
+    assert json.loads((site.run / "merged/merge.json").read_text())["checkpoint"].endswith(f"step-{STEPS:06d}")
 
 
 def test_a_cancelled_job(site: Site) -> None:
