@@ -1,4 +1,4 @@
-"""The study's real corpus: made once from Debian's package, and no other text in its place."""
+"""The study's real corpus, made once from Debian's package and no other text in its place; the shipped questions."""
 
 import os
 import re
@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from mica_ds.config import EvaluateSettings
 from mica_ds.data import read_documents, read_jsonl
+from mica_ds.evaluate import Evaluator
 
 from .conftest import ROOT
 
@@ -70,8 +73,25 @@ def test_a_version_that_is_gone_is_said_in_one_sentence(prepare: Path, tmp_path:
     (tmp_path / "apt-get").chmod(0o755)
     finished = run(prepare, f"{tmp_path}:")
     assert finished.returncode == 1
-    assert re.fullmatch(r"corpus: apt-get gives no debian-history 2\.28, .*\n", finished.stderr)
+    assert re.fullmatch(r"corpus: apt-get gives no debian-history 2\.28: .*\n", finished.stderr)
     assert not list((tmp_path / "runs" / "corpus").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [("configs/demonstration/questions.jsonl", 72), ("configs/study/debian-history-questions.jsonl", 130)],
+)
+def test_the_shipped_questions_give_no_cue_to_the_answer(file: str, count: int, smollm2: Path) -> None:
+    evaluator = Evaluator(EvaluateSettings(questions=ROOT / file), AutoTokenizer.from_pretrained(smollm2), 256)
+    assert (evaluator.questions, evaluator.chance) == (count, 0.25)
+    rows = [row for _, row in read_jsonl(ROOT / file, "evaluate.questions")]
+    assert len({row["question"] for row in rows}) == count
+    assert all(len(set(row["options"])) == 4 for row in rows)
+    places = [[row["answer"] for row in rows].count(place) for place in range(4)]
+    assert max(places) - min(places) <= 1
+    right = sum(len(row["options"][row["answer"]]) for row in rows) / count
+    every = sum(len(option) for row in rows for option in row["options"]) / (4 * count)
+    assert right == pytest.approx(every, rel=0.06)
 
 
 @pytest.mark.slow
