@@ -88,7 +88,7 @@ def export(
         typer.Option("--format", help="The adapter for peft, or the base model with the adapter merged into it."),
     ] = "adapter",
 ) -> None:
-    """Write the run's newest checkpoint, or its best, as a peft adapter or merged into its base (after full training: a model)."""
+    """Write the run's checkpoint as a peft adapter or merged into its base (after full fine-tuning: as a model)."""
     _run("export", config, overrides, is_merged=form == "merged")
 
 

@@ -244,14 +244,9 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     return [row["losses"] for row in scores.rows]
 
 
-def export(config: Config, is_merged: bool = False) -> None:
-    """Export the run folder's newest checkpoint, or its best. Collective, though rank 0 alone works."""
+def export(config: Config, is_merged: bool) -> None:
+    """Export the newest checkpoint, or the best, merged into its base, or by rank 0 as an adapter. Collective."""
     checkpoint = _checkpoint(config)
-
-
-def export(config: Config, is_merged: bool = False) -> None:
-    """Export the newest checkpoint of the run folder, merged into its base, or by rank 0 as an adapter. Collective."""
-    checkpoint = find_checkpoint(config.output_dir / "checkpoints")
     with comm.failing_together():
         if checkpoint is None:
             raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
