@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from mica_ds import sender
+from mica_ds.arms import load_study
 from mica_ds.config import load_config
-from mica_ds.errors import UserError
+from mica_ds.errors import Preempted, UserError
+from mica_ds.signals import EXIT_CODE
 from mica_ds.stores import check_uri, resolve_uri
 
 app = typer.Typer(
@@ -76,6 +78,33 @@ def doctor(
 ) -> None:
     """Check everything that a run needs, on all its ranks, without loading a weight."""
     _run("doctor", config, overrides, as_json=as_json)
+
+
+@app.command()
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.yaml", help="Arms, learning rates, seeds; see configs/study/.")
+    ],
+    overrides: Overrides = None,
+    results: Annotated[
+        Path | None, typer.Option("--report", help="Only make table and plots, from these results: results.jsonl.")
+    ] = None,
+) -> None:
+    """Compare methods fairly: a learning rate swept for each, then several seeds, on the same data and budget."""
+    from mica_ds import study as verb  # imports scipy and matplotlib
+
+    try:
+        settings = load_study(file, overrides)
+        if results:
+            verb.report(settings, results)
+        elif not verb.conduct(settings):
+            raise typer.Exit(1)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except Preempted as stop:
+        print(stop)
+        raise typer.Exit(EXIT_CODE) from None
 
 
 @app.command()

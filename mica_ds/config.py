@@ -26,6 +26,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Kind = typing.TypeVar("Kind", bound=Section)
+
+
 class ModelSettings(Section):
     path: Path
     """Folder of a transformers checkpoint in safetensors."""
@@ -160,6 +163,15 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
     Raises: UserError that names the file and the key.
     """
+    config = read_settings(Config, path, overrides)
+    arguments = _check_training_arguments(path, config.train)
+    _check_deepspeed(config.deepspeed)
+    check_uri(config.tracking.uri)
+    return config.model_copy(update={"train": arguments})
+
+
+def read_settings(kind: type[Kind], path: Path, overrides: list[str] | None = None) -> Kind:
+    """A YAML file with `key=value` overrides as settings of a kind, by name and type. Raises: UserError as above."""
     settings = _read_yaml(path)
     for override in overrides or []:
         key, separator, text = override.partition("=")
@@ -167,17 +179,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
             raise UserError(f"override {override!r} is not of the form key=value, as in adapter.r=32")
         _set(settings, key, _parse_value(override, text))
     try:
-        config = Config.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
-    arguments = _check_training_arguments(path, config.train)
-    _check_deepspeed(config.deepspeed)
-    check_uri(config.tracking.uri)
-    return config.model_copy(update={"train": arguments})
+        raise UserError(f"{path}: {_explain(error, kind)}") from None
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved settings as YAML that `load_config` reads back to the same."""
+def save_config(config: Section, path: Path) -> None:
+    """Write the resolved settings as YAML that reads back to the same."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
@@ -185,6 +193,14 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings under which alone a checkpoint means what it says, by their keys."""
     adapter = config.model_dump(mode="json")["adapter"]
     return {"model.dtype": config.model.dtype, **{f"adapter.{key}": value for key, value in adapter.items()}}
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def recomputes_activations(config: Config) -> bool:
@@ -225,13 +241,13 @@ def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
     settings[key] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Section]) -> str:
     """The first problem as one sentence; for an unknown key with the nearest known one."""
     problem = error.errors()[0]
     where = [str(part) for part in problem["loc"][:2]]  # section and key; deeper parts are pydantic's own
     key = ".".join(where)
     if problem["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = kind
         for part in where[:-1]:
             section = section.model_fields[part].annotation
         return f"unknown key {key}{_nearest(where[-1], section.model_fields, where[:-1])}"

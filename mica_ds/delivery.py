@@ -212,6 +212,11 @@ def unsent(folder: Path, uri: str, lines: int) -> int:
     return lines - _receipts(folder).get(uri, _NOTHING)["lines"]
 
 
+def run_id(folder: Path, uri: str) -> str | None:
+    """The id of a journal's run in a store; None where it has none yet. Local."""
+    return _receipts(folder).get(uri, _NOTHING)["run"]
+
+
 def _receipts(folder: Path) -> dict[str, dict[str, Any]]:
     """By URI: how many lines it has, of which journal the last were, and its run."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mica_ds import comm
 from mica_ds.about import about
-from mica_ds.config import Config
+from mica_ds.config import Config, flatten
 from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
 from mica_ds.journal import Journal
@@ -42,7 +42,7 @@ class Tracker:
             self._journal = Journal(self._folder)
         except BlockingIOError:
             raise UserError(f"output_dir: {self._folder} belongs to a run that still goes on; choose another") from None
-        settings, tracking = _flatten(config.model_dump(mode="json")), config.tracking
+        settings, tracking = flatten(config.model_dump(mode="json")), config.tracking
         if config.resume == "never" or self._journal.run is None:
             self._journal.begin(name=self._folder.name, experiment=tracking.experiment, parent=tracking.parent)
         if not self._journal.params:
@@ -134,10 +134,3 @@ class Tracker:
 def pages_command(uri: str) -> str:
     """The command that opens MLflow's pages on a store."""
     return f"mlflow server --backend-store-uri {uri}" if uri.startswith(SQLITE) else f"open {uri}"
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

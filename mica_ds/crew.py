@@ -1,0 +1,147 @@
+"""A study's runs as processes: several at once, each with a log, and ended together."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from mica_ds.arms import Run, StudySettings
+
+LOG = "study.log"
+_LOCK = "study.lock"
+_GRACE = 60.0  # seconds for a checkpoint, after which a run that was told to stop is killed
+_PAUSE = 0.2  # seconds between two looks at the runs
+
+
+def carry_out(
+    study: StudySettings,
+    runs: list[Run],
+    parent: str | None,
+    is_finished: Callable[[Run], bool],
+    on_end: Callable[[Run, int], None],
+) -> None:
+    """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
+
+    `parent` is the id of their parent in MLflow; `on_end` is told of each run and its exit code, 0 where it was
+    finished before.
+    """
+    waiting, going = list(runs), list[_Attempt]()
+    try:
+        while waiting or going:
+            while waiting and len(going) < study.parallel:
+                going.append(_Attempt(study, waiting.pop(0), parent, is_finished))
+                if going[-1].poll() is None and not going[-1].is_started:
+                    print(f"study: {going[-1].run} still goes on from an earlier start; waiting for it", flush=True)
+            for attempt in list(going):
+                code = attempt.poll()
+                if code is not None:
+                    going.remove(attempt)
+                    on_end(attempt.run, code)
+            if len(going) == study.parallel or (going and not waiting):
+                time.sleep(_PAUSE)
+    except BaseException:
+        for attempt in going:
+            attempt.signal(signal.SIGTERM)  # to all its processes: the ranks save a checkpoint
+        try:
+            deadline = time.monotonic() + _GRACE
+            while any(attempt.signal(0) for attempt in going) and time.monotonic() < deadline:
+                time.sleep(_PAUSE)
+        finally:  # what does not end, or at a second interrupt
+            for attempt in going:
+                attempt.signal(signal.SIGKILL)
+        raise
+
+
+class _Attempt:
+    """One start of one run.
+
+    Its command holds a lock as long as it lives: after a study that was killed, its runs go on, and the next start of
+    the study waits for them instead of doing them twice.
+    """
+
+    def __init__(self, study: StudySettings, run: Run, parent: str | None, is_finished: Callable[[Run], bool]) -> None:
+        self.run = run
+        self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto"]
+        if parent:
+            self._command.append(f"tracking.parent={parent}")
+        self._environment = _environment(study)
+        self._is_finished = is_finished
+        self._process: subprocess.Popen[bytes] | None = None
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+
+    @property
+    def is_started(self) -> bool:
+        return self._process is not None
+
+    def poll(self) -> int | None:
+        """The exit code, 0 for a run that was finished before; None while it goes on."""
+        if self._process is None:
+            if not lock(self._lock):
+                return None
+            try:
+                if self._is_finished(self.run):
+                    return 0
+                self._start()
+            finally:
+                os.close(self._lock)
+        assert self._process
+        return self._process.poll()
+
+    def _start(self) -> None:
+        with (self.run.folder / LOG).open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's interrupt is the study's to pass on
+                pass_fds=[self._lock],
+            )
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to every process of the run; whether there was one."""
+        if self._process is None:
+            return False
+        self._process.poll()  # what has ended is no process any more
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+            return True
+        return False
+
+
+def lock(file: int) -> bool:
+    """Take the lock of an open file; False while another process has it. Local."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def last_words(folder: Path) -> str:
+    """Why a run has ended, by its log: its error, or else its last line. Local."""
+    text = (folder / LOG).read_text(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
+
+
+def _environment(study: StudySettings) -> dict[str, str]:
+    """A place to meet and a part of the cores for one run."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    found = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    found["MASTER_PORT"] = str(port)
+    if study.ranks:
+        threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
+        found = {"OMP_NUM_THREADS": str(threads), **found, "NUM_RANKS": str(study.ranks)}
+    return found
