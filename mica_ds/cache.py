@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from mica_ds import comm
 from mica_ds.errors import UserError
+from mica_ds.files import replacing
 from mica_ds.shards import Matrix
 from mica_ds.solver import Solution
 
@@ -85,16 +86,13 @@ def write_basis(
         "subspace": wanted.label,
     }
     file = basis_file(folder, matrix.name)
-    # A name of its own: two jobs on one cache must not write into one file.
-    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
     try:
-        save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
         with _locked(folder):
             current = read_record(folder, matrix.name)
             if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
-                partial.unlink()  # another job was faster, perhaps with a larger r
-            else:
-                os.replace(partial, file)
+                return  # another job was faster, perhaps with a larger r
+            with replacing(file, _job()) as partial:
+                save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written: {error}") from None
 
@@ -156,9 +154,13 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
     with suppress(OSError, ValueError, KeyError):
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
-    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, file)
+    with replacing(file, _job()) as partial:
+        partial.write_text(json.dumps(manifest, indent=1))
+
+
+def _job() -> str:
+    """A name for this process: there may be a file system without locks, and several jobs write there at once."""
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def _cut(record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from mica_ds.memory import readable
 from mica_ds.model import load_skeleton, load_tokenizer, read_model_config
 from mica_ds.parallelism import check_parallelism
 from mica_ds.shards import weight_shape
-from mica_ds.stores import check_folder, database_file
+from mica_ds.stores import check_folder, database_file, without_secrets
 from mica_ds.trainer import accumulation_steps, training_arguments
 from mica_ds.weights import open_checkpoint, stored_tensor
 
@@ -190,9 +190,8 @@ def tracker(config: Config) -> str:
     except Exception as error:  # whatever MLflow, requests, SQLAlchemy or sqlite3 may raise
         while error.__context__:  # MLflow (3.17) repeats in its message those of three other libraries
             error = error.__context__  # type: ignore[assignment]
-        raise UserError(
-            f"tracking.uri: {uri} cannot be used: {next(iter(str(error).splitlines()), repr(error))}"
-        ) from None
+        said = next(iter(without_secrets(str(error)).splitlines()), type(error).__name__)
+        raise UserError(f"tracking.uri: {uri} cannot be used: {said}") from None
     return f"{uri} answers" if database is None else f"{database} can be written"
 
 

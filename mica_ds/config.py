@@ -5,6 +5,7 @@ import json
 import typing
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -19,7 +20,7 @@ from pydantic import (
 )
 
 from mica_ds.errors import UserError
-from mica_ds.stores import check_uri
+from mica_ds.stores import check_uri, holds_secret
 
 
 class Section(BaseModel):
@@ -102,8 +103,8 @@ class TrackingSettings(Section):
     """MLflow tracking URI."""
     experiment: str = "mica_ds"
     """Name of the MLflow experiment."""
-    parent: str | None = None
-    """Id of the MLflow run that this one is a child of, as in a study."""
+    parent: str | None = Field(default=None, pattern="^[0-9A-Za-z_-]+$")
+    """Id of the run that this one is a child of, as in a study: MLflow's, or the one in its journal."""
     register_as: str | None = Field(default=None, pattern="^[^/:]+$")
     """Name (without / and :) of a model in MLflow's registry, of which the adapter becomes a version."""
 
@@ -177,7 +178,8 @@ def read_settings(kind: type[Kind], path: Path, overrides: list[str] | None = No
         key, separator, text = override.partition("=")
         if not separator:
             raise UserError(f"override {override!r} is not of the form key=value, as in adapter.r=32")
-        _set(settings, key, _parse_value(override, text))
+        _set(settings, key, _parse_value(key, text))
+    _refuse_secrets(path, settings)
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -219,17 +221,41 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {path} is not valid YAML: {_place(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"config {path} must hold keys and values, as the files in configs/ do")
     return settings
 
 
-def _parse_value(override: str, text: str) -> Any:
+def _place(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong where, without the text there, which may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return "it is no text"
+    mark = error.problem_mark
+    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(error.problem)
+
+
+def _parse_value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        raise UserError(f"override {key}: the value is not valid YAML") from None
+
+
+def _refuse_secrets(path: Path, settings: Any, key: str = "") -> None:
+    """Refuse addresses with a password in any setting, before a message or the run folder repeats one."""
+    if isinstance(settings, dict | list):
+        for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
+            _refuse_secrets(path, value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, str) and "//" in settings and key != "tracking.uri":  # which has a message of its own
+        try:
+            is_telling = holds_secret(settings) or urlsplit(settings).username  # which may be a token
+        except ValueError:
+            is_telling = True
+        if is_telling:
+            raise UserError(
+                f"{path}: {key} is an address with a secret in it, which the run folder would keep: take it out"
+            )
 
 
 def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
@@ -237,7 +263,7 @@ def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
-            raise UserError(f"override {dotted_key}={value!r}: {section} is a value, not a section")
+            raise UserError(f"override {dotted_key}: {section} is a value, not a section")
     settings[key] = value
 
 
@@ -295,6 +321,8 @@ def _check_deepspeed(path: Path) -> None:
         raise UserError(f"deepspeed: {path} is not JSON with zero_optimization.stage") from None
     if stage != 3:
         raise UserError(f"deepspeed: {path} asks for ZeRO stage {stage}; mica_ds works on the shards of stage 3")
+    if "api_key" in settings.get("comet", {}):
+        raise UserError(f"deepspeed: {path} holds comet.api_key, which MLflow would get with the file: take it out")
     if "scheduler" in settings:
         raise UserError(f"deepspeed: {path} has a scheduler; set train.lr_scheduler_type instead")
     if settings.get("optimizer", {}).get("type") not in ("Adam", "AdamW"):

@@ -21,13 +21,13 @@ _PAUSE = 0.2  # seconds between two looks at the runs
 def carry_out(
     study: StudySettings,
     runs: list[Run],
-    parent: str | None,
+    parent: str,
     is_finished: Callable[[Run], bool],
     on_end: Callable[[Run, int], None],
 ) -> None:
     """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
 
-    `parent` is the id of their parent in MLflow; `on_end` is told of each run and its exit code, 0 where it was
+    `parent` is what they name as `tracking.parent`; `on_end` is told of each run and its exit code, 0 where it was
     finished before.
     """
     waiting, going = list(runs), list[_Attempt]()
@@ -64,11 +64,9 @@ class _Attempt:
     the study waits for them instead of doing them twice.
     """
 
-    def __init__(self, study: StudySettings, run: Run, parent: str | None, is_finished: Callable[[Run], bool]) -> None:
+    def __init__(self, study: StudySettings, run: Run, parent: str, is_finished: Callable[[Run], bool]) -> None:
         self.run = run
-        self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto"]
-        if parent:
-            self._command.append(f"tracking.parent={parent}")
+        self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
         self._environment = _environment(study)
         self._is_finished = is_finished
         self._process: subprocess.Popen[bytes] | None = None

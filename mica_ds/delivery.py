@@ -5,13 +5,13 @@ time and value, and the rest sets what is already set. What the store has acknow
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mica_ds.files import replacing
 from mica_ds.journal import Line, Reader
 from mica_ds.stores import database_file
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECEIPTS = "sync.json"
 JOURNAL_TAG = "mica_ds.journal"
 """The tag of an MLflow run that holds the id of the journal's run."""
+_PARENT_TAG = "mlflow.parentRunId"
 # MLflow's limits for one request (3.17).
 _METRICS, _PARAMS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 100, 6000, 8000
 _DATA = ("metrics", "params", "tags")
@@ -54,15 +55,25 @@ class Delivery:
             self._receipt = {**self._receipt, "lines": self._receipt["lines"] + len(part)}
             self._save()
 
-    def finish(self) -> None:
-        """Send all, and delete runs that the store has made twice: when the request for one had timed out."""
+    def finish(self, unwritten: bytes = b"") -> None:
+        """Send all, with lines that the journal had no room for, and put right what the store has of the run.
+
+        That is: delete runs that it has made twice, when the request for one had timed out, and take in the children
+        that were sent before it.
+        """
         client = self._client = self._client or self._connect()
         self._send_ahead(client)
         self.send()
+        for is_data, lines in groupby(map(json.loads, unwritten.splitlines()), lambda line: line["kind"] in _DATA):
+            for part in [list(lines)] if is_data else [[line] for line in lines]:
+                self._ship(client, part)
         if run := self._receipt["run"]:
-            for other in _runs(client, client.get_run(run).info.experiment_id, self._receipt["journal"]):
+            experiment, journal = client.get_run(run).info.experiment_id, self._receipt["journal"]
+            for other in _runs(client, experiment, JOURNAL_TAG, journal):
                 if other != run:
                     client.delete_run(other)
+            for child in _runs(client, experiment, _PARENT_TAG, journal):
+                client.set_tag(child, _PARENT_TAG, run)
 
     def _send_ahead(self, client: "MlflowClient") -> None:
         """Send the last numbers and the status before artifacts, which may take longer than there is time for."""
@@ -149,9 +160,11 @@ class Delivery:
             database = database_file(self._uri)
             artifacts = (database.parent / "mlflow-artifacts").as_uri() if database else None
             number = client.create_experiment(line["experiment"], artifacts)
-        if runs := _runs(client, number, line["id"]):
+        if runs := _runs(client, number, JOURNAL_TAG, line["id"]):
             return min(runs)
-        tags = {JOURNAL_TAG: line["id"]} | ({"mlflow.parentRunId": line["parent"]} if line["parent"] else {})
+        tags = {JOURNAL_TAG: line["id"]}
+        if parent := line["parent"]:  # may be sent later than this one: then that puts it right
+            tags[_PARENT_TAG] = min(_runs(client, number, JOURNAL_TAG, parent), default=parent)
         return client.create_run(number, line["time"], tags, line["name"]).info.run_id
 
     def _register(self, client: "MlflowClient", name: str, under: str) -> None:
@@ -163,11 +176,8 @@ class Delivery:
             client.create_model_version(name, source, run)
 
     def _save(self) -> None:
-        file = self._folder / RECEIPTS
-        with suppress(OSError):  # a full disk: it would be sent again
-            partial = file.with_name(f"{RECEIPTS}.partial")
+        with suppress(OSError), replacing(self._folder / RECEIPTS) as partial:  # a full disk: it would be sent again
             partial.write_text(json.dumps(_receipts(self._folder) | {self._uri: self._receipt}, indent=1))
-            os.replace(partial, file)
 
 
 def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
@@ -190,9 +200,9 @@ def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
         client.log_batch(run, tags=[RunTag(*item) for item in list(tags.items())[start : start + _PARAMS]])
 
 
-def _runs(client: "MlflowClient", experiment: str, journal: str) -> list[str]:
-    """The ids of the runs in the store that were made for a journal's run."""
-    found = client.search_runs([experiment], f"tags.`{JOURNAL_TAG}` = '{journal}'")
+def _runs(client: "MlflowClient", experiment: str, tag: str, journal: str) -> list[str]:
+    """The ids of the store's runs with the id of a journal's run as this tag."""
+    found = client.search_runs([experiment], f"tags.`{tag}` = '{journal}'")
     return [run.info.run_id for run in found]
 
 
@@ -210,11 +220,6 @@ def _is_active(client: "MlflowClient", run: str) -> bool:
 def unsent(folder: Path, uri: str, lines: int) -> int:
     """How many of a journal's lines a store has not acknowledged. Local."""
     return lines - _receipts(folder).get(uri, _NOTHING)["lines"]
-
-
-def run_id(folder: Path, uri: str) -> str | None:
-    """The id of a journal's run in a store; None where it has none yet. Local."""
-    return _receipts(folder).get(uri, _NOTHING)["run"]
 
 
 def _receipts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
+from mica_ds.files import replacing
 from mica_ds.statistics import mean_interval, paired_interval
 
 Interval = tuple[float, float, float]
@@ -82,9 +83,8 @@ def read_run(run: Run) -> Result:
 
 def write_results(results: list[Result], file: Path) -> None:
     """Write results, one a line, whole or not at all. Local."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
 
 
 def read_results(file: Path) -> list[Result]:

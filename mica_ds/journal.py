@@ -2,7 +2,7 @@
 
     {"kind": "run", "id": …, "name": …, "experiment": …, "parent": …}     once for a run
     {"kind": "params", "values": {…}}                                     once for a run
-    {"kind": "start", "attempt": 2, "uri": …}                             for each start of it
+    {"kind": "start", "attempt": 2, "uri": …, "host": …, "boot": …}       for each start of it
     {"kind": "tags", "values": {…}}
     {"kind": "metrics", "step": 7, "values": {…}}                         numbers, NaN and Infinity among them
     {"kind": "artifact", "path": …, "under": …}                           a path in the run folder, or an absolute one
@@ -12,19 +12,26 @@
 Each line has a `time` (ms since 1970) that no other line has, so that no two metrics are equal in all they hold.
 """
 
+import errno
 import fcntl
 import json
 import os
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mica_ds.errors import UserError
 
 JOURNAL = "journal.jsonl"
+_RESERVE = "journal.reserve"
+_RESERVED = 16 << 10  # bytes, for the end of a run on a full disk
+SILENCE = 300
+"""Seconds without a sign of life after which a run on another machine is taken for dead."""
 _WAIT = 2.0  # seconds for a lock that another process may hold for a moment, to mend the journal
 
 Line = dict[str, Any]
@@ -56,6 +63,21 @@ class Reader:
         """Have what was written put on the disk, whoever wrote it."""
         os.fsync(self._file.fileno())
 
+    def age(self) -> float:
+        """Seconds since the last line or other sign of life."""
+        return time.time() - os.fstat(self._file.fileno()).st_mtime
+
+    def has_locks(self) -> bool:
+        """Whether a lock shows if a process of this machine writes."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return True
+
     def close(self) -> None:
         self._file.close()
 
@@ -63,7 +85,8 @@ class Reader:
 class Journal:
     """A journal open for writing, by one process at a time; what a writer that was killed left half is taken away.
 
-    A disk that is full or fails raises nothing: the lines wait in memory for the next one.
+    A disk that is full or fails raises nothing: the lines wait in memory for the next one. For the last one, and what
+    fits besides it, room is kept on the disk meanwhile.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,10 +105,12 @@ class Journal:
         self.run: str | None = None
         """Id of the run that the last lines are of."""
         self.params: dict[str, Any] = {}
-        self.is_ended = True
+        self.status: str | None = "none yet"
+        """How the last attempt has ended; None while it goes on."""
         self.error: OSError | None = None
         """Why lines wait."""
         self._waiting = bytearray()
+        self._reserve = folder / _RESERVE
         self._lock = threading.Lock()  # a failure's end is written by another thread
         self._time = 0
         reader = Reader(folder)
@@ -94,51 +119,85 @@ class Journal:
         if os.fstat(self._file).st_size > reader.position:
             os.ftruncate(self._file, reader.position)
         reader.close()
-
-    @property
-    def waiting(self) -> int:
-        """Lines that could not be written yet."""
-        return self._waiting.count(b"\n")
+        self._keep_room()
 
     def begin(self, **about: Any) -> None:
         """Write the first line of a run."""
-        if not self.is_ended:
-            self.write("end", status="KILLED")
+        self.end("KILLED")
         self.write("run", id=uuid.uuid4().hex, **about)
+
+    def start(self, uri: str) -> None:
+        """Write the first line of the run's next attempt, on this machine."""
+        self.write("start", attempt=self.attempt + 1, uri=uri, host=socket.gethostname(), boot=_boot())
+
+    def end(self, status: str) -> None:
+        """Write the last line of an attempt that has none; on a full disk before those that find no room in the end."""
+        with self._lock:
+            if self.status:
+                return
+            self._append("end", status=status)
+            if self._waiting:
+                with suppress(OSError):
+                    self._reserve.unlink()
+                last = self._waiting.rfind(b"\n", 0, -1) + 1
+                # Whole blocks are given away: what fills half of them leaves room for one line.
+                first = self._waiting.rfind(b"\n", 0, min(last, _RESERVED // 2)) + 1
+                self._waiting = self._waiting[:first] + self._waiting[last:] + self._waiting[first:last]
+                self._write()
 
     def write(self, kind: str, **content: Any) -> None:
         """Write one line, after those that wait; some 0.1 ms."""
         with self._lock:
-            line = {"kind": kind, "time": max(time.time_ns() // 1_000_000, self._time + 1), **content}
-            self._note(line)
-            self._waiting += json.dumps(line).encode() + b"\n"
-            self._write()
+            self._append(kind, **content)
 
-    def close(self) -> None:
-        """Try a last time to write what waits, and let others write."""
+    def _append(self, kind: str, **content: Any) -> None:
+        line = {"kind": kind, "time": max(time.time_ns() // 1_000_000, self._time + 1), **content}
+        self._note(line)
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self._write()
+
+    def close(self) -> bytes:
+        """Try a last time to write what waits, let others write, and return the lines that found no room."""
         self._write()
         os.close(self._file)
+        with suppress(OSError):  # there is none
+            self._reserve.unlink()
+        return bytes(self._waiting)
 
     def _write(self) -> None:
+        """Write what waits, or as many lines of it as there is room for."""
         try:
             while self._waiting:
-                del self._waiting[: os.write(self._file, self._waiting)]
+                written = os.write(self._file, self._waiting)
+                whole = self._waiting.rfind(b"\n", 0, written) + 1
+                del self._waiting[:whole]
+                if whole < written:
+                    os.ftruncate(self._file, os.fstat(self._file).st_size - (written - whole))
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.error = None
         except OSError as error:
             self.error = error
+
+    def _keep_room(self) -> None:
+        with suppress(OSError):  # a disk that is full already
+            file = os.open(self._reserve, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                os.posix_fallocate(file, 0, _RESERVED)
+            finally:
+                os.close(file)
 
     def _note(self, line: Line) -> None:
         self.lines += 1
         self._time = max(self._time, line.get("time", 0))
         match line.get("kind"):
             case "run":
-                self.run, self.attempt, self.params, self.is_ended = line["id"], 0, {}, False
+                self.run, self.attempt, self.params, self.status = line["id"], 0, {}, None
             case "params":
                 self.params |= line["values"]
             case "start":
-                self.attempt, self.is_ended = line["attempt"], False
+                self.attempt, self.status = line["attempt"], None
             case "end":
-                self.is_ended = True
+                self.status = line["status"]
 
 
 def mend(folder: Path) -> None:
@@ -151,9 +210,33 @@ def mend(folder: Path) -> None:
         journal = Journal(folder)
     except BlockingIOError:
         return
-    if not journal.is_ended:
-        journal.write("end", status="KILLED")
+    journal.end("KILLED")
     journal.close()
+
+
+def refuse_elsewhere(folder: Path) -> None:
+    """Refuse a run that may go on on another machine, whose lock may not be seen here. Local.
+
+    A killed one is taken for dead at once on its own machine, and after SILENCE seconds on others.
+    Raises: UserError that names the other host.
+    """
+    reader, last = Reader(folder), None
+    for line in reader.read():
+        if line and line.get("kind") in ("start", "end"):
+            last = line
+    age = reader.age()
+    may_go_on = last and last["kind"] == "start" and age < SILENCE
+    if last and may_go_on and not (last["boot"] == _boot() and reader.has_locks()):
+        raise UserError(
+            f"{folder} belongs to a run that went on on {last['host']} {age:.0f} s ago and sends its journal from "
+            f"there; if it was killed since, try again in {SILENCE - age:.0f} s"
+        )
+    reader.close()
+
+
+def _boot() -> str:
+    """What tells one start of one machine from all others: containers share locks if they share it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _lock(file: int) -> None:

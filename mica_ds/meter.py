@@ -1,6 +1,7 @@
 """What a run costs while it trains: time, tokens, work and memory, over all ranks and nodes."""
 
 import os
+import re
 import resource
 import socket
 import time
@@ -14,10 +15,17 @@ import torch
 from torch import nn
 
 from mica_ds import comm
-from mica_ds.shards import full_size
+from mica_ds.shards import full_shape, full_size
 
-# Dense bf16 operations a second, from NVIDIA's data sheets; a PCIe card reaches less.
-_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12}
+# Dense operations a second in bf16 and in fp32, from NVIDIA's data sheets.
+_PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "A10": (125e12, 31.2e12),
+}
 _MEGABYTE = 1_000_000  # as in MLflow's own system metrics
 
 
@@ -35,16 +43,18 @@ def rss() -> int:
 def flops_per_token(model: Any, sequence_length: int) -> float:
     """Operations that a model's training needs for a token, recomputed activations not counted. Local.
 
-    2 a weight forwards, 2 backwards, and 2 more for each weight that trains; attention has 12 a layer for each pair of
-    hidden unit and token seen: Chowdhery et al., arXiv:2204.02311, appendix B.
+    2 a weight of a matrix forwards, 2 backwards, and 2 more for each that trains; attention has 12 a layer for each
+    pair of a head's unit and token seen: Chowdhery et al., arXiv:2204.02311, appendix B.
     """
-    sizes = {name: full_size(p) for name, p in model.named_parameters()}
-    trained = sum(sizes[name] for name, p in model.named_parameters() if p.requires_grad)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up = 0 if head is None or head.weight is embedding.weight else full_size(embedding.weight)
+    head = model.get_output_embeddings()
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    looked_up = tables - {id(head.weight)} if head else tables
+    matrices = [p for p in model.parameters() if len(full_shape(p)) > 1 and id(p) not in looked_up]
+    multiplied = sum(full_size(p) for p in matrices)
+    trained = sum(full_size(p) for p in matrices if p.requires_grad)
     text = model.config.get_text_config()
-    attention = 12 * text.num_hidden_layers * text.hidden_size * sequence_length
-    return 4 * (sum(sizes.values()) - looked_up) + 2 * trained + attention
+    units = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 4 * multiplied + 2 * trained + 12 * text.num_hidden_layers * units * sequence_length
 
 
 class Meter:
@@ -53,6 +63,7 @@ class Meter:
     def __init__(self, model: nn.Module, sequence_length: int) -> None:
         """Local."""
         self._flops_per_token = flops_per_token(model, sequence_length)
+        self._dtype = next(model.parameters()).dtype
         self.tokens = 0
         """Predicted so far, over all ranks and starts of the run."""
         self._expected = 0
@@ -98,7 +109,7 @@ class Meter:
             "data_wait_seconds": waits / steps,
             "tflops_per_rank": flops / 1e12,
         }
-        if peak := _peak_flops():
+        if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name(), self._dtype)):
             values["mfu"] = flops / peak
         for key in ("host", "device"):
             most = [rank[key] for rank in ranks]
@@ -107,11 +118,16 @@ class Meter:
         return values | {key: value for rank in ranks for key, value in rank["node"].items()}
 
 
-def _peak_flops() -> float | None:
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for card, peak in _PEAKS.items() if card in name), None)
+def peak_flops(card: str, dtype: torch.dtype) -> float | None:
+    """The most operations a second of a card, by its name in CUDA, in a dtype; None where that is not known. Local."""
+    words = re.split("[ -]", card)
+    model = next((word for word in words if word in _PEAKS), None)
+    if model is None or (model != "A100" and {"PCIe", "NVL"} & set(words)) or "MIG" in words:
+        return None  # a slower variant, or a part of a card
+    bf16, fp32 = _PEAKS[model]
+    if dtype == torch.bfloat16:
+        return bf16
+    return bf16 / 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" else fp32
 
 
 def _device_memory() -> int:

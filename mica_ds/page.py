@@ -1,7 +1,6 @@
 """The report of a run for those who did not run it: one HTML file that opens offline and asks for nothing."""
 
 import math
-import os
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from mica_ds.basis import warnings
 from mica_ds.config import Config
 from mica_ds.data import source_files
 from mica_ds.export import export_folder
+from mica_ds.files import replacing
 from mica_ds.weights import open_checkpoint
 
 PAGE = "report.html"
@@ -82,9 +82,9 @@ def write_page(
         today=f"{date.today():%-d %B %Y}",
         versions={name: version(name) for name in _PACKAGES},
     )
-    file, partial = config.output_dir / PAGE, config.output_dir / f"{PAGE}.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    file = config.output_dir / PAGE
+    with replacing(file) as partial:
+        partial.write_text(text, encoding="utf-8")
     return file
 
 

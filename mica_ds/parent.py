@@ -7,7 +7,6 @@ from types import TracebackType
 
 from mica_ds.arms import StudySettings
 from mica_ds.config import TrackingSettings, flatten, save_config
-from mica_ds.delivery import run_id
 from mica_ds.errors import UserError
 from mica_ds.journal import Journal
 from mica_ds.stores import check_folder, resolve_uri
@@ -36,11 +35,12 @@ class Parent:
         if self._journal.run is None:
             self._journal.begin(name=self._folder.name, experiment=tracking.experiment, parent=tracking.parent)
             self._journal.write("params", values=flatten(study.model_dump(mode="json")))
-        self._journal.write("start", attempt=self._journal.attempt + 1, uri=self._uri)
+        assert self._journal.run
+        self.id: str = self._journal.run
+        """Of the journal's run: what the study's runs name as `tracking.parent`."""
+        self._journal.start(self._uri)
         self.artifact(self._folder / "study.yaml")
-        self._sync()
-        self.id = run_id(self._folder, self._uri)
-        """Of the run in MLflow; None where the store could not be reached."""
+        self._sync()  # before the runs, so that a new SQLite file is made by one process alone
 
     def metrics(self, values: dict[str, float]) -> None:
         """Note numbers. Local."""
@@ -68,6 +68,6 @@ class Parent:
     ) -> None:
         is_killed = kind is not None and issubclass(kind, KeyboardInterrupt)
         is_failed = kind is not None or self.is_failed
-        self._journal.write("end", status="KILLED" if is_killed else "FAILED" if is_failed else "FINISHED")
+        self._journal.end("KILLED" if is_killed else "FAILED" if is_failed else "FINISHED")
         self._journal.close()
         self._sync()

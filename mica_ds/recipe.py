@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from mica_ds import comm, figures
+from mica_ds import comm, figures, tracking
 from mica_ds.about import environment
 from mica_ds.adapter import (
     lora_parameters,
@@ -58,11 +58,14 @@ def train(config: Config) -> None:
     checkpoint, step = start_point(config, origin, steps)
     if step >= steps and is_complete(config, step):
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
+        if comm.is_main():
+            tracking.finish(folder, config.tracking.uri)
         return
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
-    with Tracker(config) as tracker:
+    settings = config.model_dump(mode="json")
+    with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
         with comm.failing_together():  # nothing is written before all that a user may have got wrong has been checked
             if comm.is_main():
                 with _writing(folder):

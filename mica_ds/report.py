@@ -1,7 +1,6 @@
 """What a run came to: `summary.json`, and the same figures as a table."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mica_ds.config import Config
+from mica_ds.files import replacing
 from mica_ds.tracking import pages_command
 
 SUMMARY = "summary.json"
@@ -16,9 +16,9 @@ SUMMARY = "summary.json"
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
     """Write `summary.json`, whole or not at all, and return its path. Local, on one rank."""
-    file, partial = folder / SUMMARY, folder / f"{SUMMARY}.partial"
-    partial.write_text(json.dumps(summary, indent=1))
-    os.replace(partial, file)
+    file = folder / SUMMARY
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(summary, indent=1))
     return file
 
 

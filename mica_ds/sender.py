@@ -9,12 +9,13 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mica_ds.delivery import Delivery, unsent
 from mica_ds.errors import UserError
-from mica_ds.journal import Reader, mend
+from mica_ds.journal import JOURNAL, SILENCE, Reader, mend, refuse_elsewhere
+from mica_ds.stores import without_secrets
 
 LOCK = "sync.lock"
 GRACE = 10
@@ -27,8 +28,10 @@ _SYNC_PAUSES = (0, 1, 3)
 def sync(folder: Path, uri: str | None) -> str:
     """Send a run folder's journal to the store it was meant for, or to another, and return what was done. Local.
 
-    Raises: UserError where there is nothing to send, another process is sending, or the store does not take it all.
+    Raises: UserError where there is nothing to send, another process is sending or may be on another machine, or the
+    store does not take it all.
     """
+    refuse_elsewhere(folder)
     mend(folder)
     lines = list(Reader(folder).read())
     uris = [line["uri"] for line in lines if line and line["kind"] == "start"]
@@ -51,9 +54,13 @@ def sync(folder: Path, uri: str | None) -> str:
 
 
 def follow(folder: Path, uri: str) -> None:
-    """Send the journal as it grows, until stdin gets a byte or is closed; then for GRACE seconds at most. Local."""
-    is_over = threading.Event()
-    threading.Thread(target=_wait_for_end, args=[is_over], daemon=True).start()
+    """Send the journal as it grows, until stdin is closed; then, for GRACE seconds at most, what is left. Local.
+
+    Stdin brings the lines that the journal had no room for.
+    """
+    is_over, unwritten = threading.Event(), bytearray()
+    threading.Thread(target=_wait_for_end, args=[is_over, unwritten], daemon=True).start()
+    threading.Thread(target=_show_life, args=[is_over, folder], daemon=True).start()
     _prepare()
     with _alone(folder, wait=True):
         delivery, failures = Delivery(folder, uri, _warn), 0
@@ -62,7 +69,7 @@ def follow(folder: Path, uri: str) -> None:
             try:
                 if is_last:
                     mend(folder)
-                    return delivery.finish()
+                    return delivery.finish(bytes(unwritten))
                 delivery.send()
                 failures = 0
             except Exception as error:  # whatever MLflow, requests, SQLAlchemy or the disk may raise
@@ -74,11 +81,18 @@ def follow(folder: Path, uri: str) -> None:
             is_over.wait(min(_INTERVAL * 2 ** min(failures, 8), _LONGEST_PAUSE))
 
 
-def _wait_for_end(is_over: threading.Event) -> None:
-    """The run's process writes a byte at its end; if it is killed, the pipe closes."""
-    sys.stdin.buffer.read(1)
+def _wait_for_end(is_over: threading.Event, unwritten: bytearray) -> None:
+    """The pipe from the run's process closes when that ends, also when it is killed."""
+    unwritten += sys.stdin.buffer.read()
     signal.alarm(GRACE)  # ends this process, whatever it waits for
     is_over.set()
+
+
+def _show_life(is_over: threading.Event, folder: Path) -> None:
+    """The journal's time of change tells other machines that the run goes on, when it has nothing to write for long."""
+    while not is_over.wait(SILENCE / 10):
+        with suppress(OSError):
+            os.utime(folder / JOURNAL)
 
 
 def _prepare() -> None:
@@ -106,11 +120,12 @@ def _alone(folder: Path, wait: bool) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    line = next(iter(without_secrets(str(error)).strip().splitlines()), "") or type(error).__name__
     return line if len(line) <= 300 else f"{line[:300]}…"
 
 
 def _warn(message: str) -> None:
+    message = without_secrets(message)
     print(f"\nwarning: tracking: {message}", file=sys.stderr, flush=True)  # a progress bar leaves its line open
 
 

@@ -186,8 +186,8 @@ def own_slice(parameter: Any) -> tuple[int, torch.Tensor]:
 
 
 def full_shape(parameter: Any) -> tuple[int, ...]:
-    """The shape of the whole of a partitioned parameter. Local."""
-    return tuple(parameter.ds_shape)
+    """The shape of the whole of a parameter, partitioned or not. Local."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_size(parameter: Any) -> int:

@@ -1,5 +1,6 @@
-"""MLflow's tracking URIs: which ones are taken, and what they mean on this machine."""
+"""MLflow's tracking URIs: which ones are taken, what they mean on this machine, and secrets in them and elsewhere."""
 
+import base64
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,9 @@ SQLITE = "sqlite:///"
 # Not MLflow's own files: they would keep a value twice that is sent twice, and MLflow (3.17) refuses them by default.
 _SERVERS = ("http", "https", "databricks")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_TELLING = re.compile("pass|token|secret|key|credential", re.IGNORECASE)
+_VARIABLES = re.compile("(PASSWORD|PASSWD|TOKEN|SECRET|KEY)$")  # the environment's
+_SHORTEST = 4  # characters of a secret: a shorter one would be found in any text
 
 
 def check_uri(uri: str) -> None:
@@ -20,15 +24,12 @@ def check_uri(uri: str) -> None:
     """
     try:
         parts = urlsplit(uri)
-        telling = [
-            key for key, _ in parse_qsl(parts.query) if re.search("pass|token|secret|key|credential", key.lower())
-        ]
-        secrets = [parts.password, *telling]
+        is_telling = holds_secret(uri)
     except ValueError:
         raise UserError("tracking.uri is no valid address") from None
     scheme = (parts.scheme or uri).partition("+")[0]  # postgresql+psycopg2
     is_server = scheme in _SERVERS
-    if any(secrets) or (is_server and parts.username):
+    if is_telling or (is_server and parts.username):
         instead = (
             "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) in the environment"
             if is_server
@@ -40,6 +41,26 @@ def check_uri(uri: str) -> None:
         raise UserError(f"tracking.uri:{named} is no store that MLflow knows; use sqlite:///FILE or http://HOST:PORT")
     if scheme == "sqlite" and not uri.startswith(SQLITE):
         raise UserError(f"tracking.uri: {uri} names no file; write {SQLITE}FILE")
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a text is an address with a password, or with a key or token in its query. Local.
+
+    Raises: ValueError where it is no valid address.
+    """
+    parts = urlsplit(text)
+    return bool(parts.password or any(_TELLING.search(key) for key, _ in parse_qsl(parts.query)))
+
+
+def without_secrets(text: str) -> str:
+    """What another program has said, without the secrets of this one's environment and of addresses. Local."""
+    secrets = [value for key, value in os.environ.items() if _VARIABLES.search(key) and len(value) >= _SHORTEST]
+    if password := os.environ.get("MLFLOW_TRACKING_PASSWORD"):  # as HTTP sends it
+        pair = f"{os.environ.get('MLFLOW_TRACKING_USERNAME', '')}:{password}"
+        secrets.append(base64.b64encode(pair.encode()).decode())
+    for secret in sorted([*secrets, *(repr(secret)[1:-1] for secret in secrets)], key=len, reverse=True):
+        text = text.replace(secret, "…")
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def resolve_uri(uri: str) -> str:

@@ -3,14 +3,13 @@
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mica_ds import comm
 from mica_ds.about import about
-from mica_ds.config import Config, flatten
+from mica_ds.config import TrackingSettings, flatten
 from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
 from mica_ds.journal import Journal
@@ -27,43 +26,48 @@ class Tracker:
     of the store reaches the training.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Collective. Raises: UserError where the store cannot exist, or another run writes to the run folder."""
-        self._folder, self._uri = config.output_dir, resolve_uri(config.tracking.uri)
-        self._is_warned = False
+    def __init__(
+        self, folder: Path, settings: TrackingSettings, parameters: dict[str, Any], begins_anew: bool = False
+    ) -> None:
+        """Open the run of a folder, or another one where it `begins_anew`. Collective.
+
+        `parameters` may be nested. Raises: UserError where the store cannot exist, or another process writes to the
+        folder.
+        """
+        self._folder, self._uri, self._is_warned = folder, resolve_uri(settings.uri), False
         hosts = comm.gather(socket.gethostname())
         with comm.failing_together():
             if comm.is_main():
-                check_folder(self._uri)
-                self._open(config, hosts)
+                self._open(settings, flatten(parameters), begins_anew, hosts)
+        self.id: str = comm.gather(self._journal.run if comm.is_main() else None)[0]
+        """Of the journal's run: what its children name as `tracking.parent`, before any store has the run."""
 
-    def _open(self, config: Config, hosts: list[str]) -> None:
+    def _open(
+        self, settings: TrackingSettings, parameters: dict[str, Any], begins_anew: bool, hosts: list[str]
+    ) -> None:
         try:
             self._journal = Journal(self._folder)
         except BlockingIOError:
             raise UserError(f"output_dir: {self._folder} belongs to a run that still goes on; choose another") from None
-        settings, tracking = flatten(config.model_dump(mode="json")), config.tracking
-        if config.resume == "never" or self._journal.run is None:
-            self._journal.begin(name=self._folder.name, experiment=tracking.experiment, parent=tracking.parent)
+        is_new = begins_anew or self._journal.run is None
+        try:
+            check_folder(self._uri)
+        except UserError as error:
+            if is_new:
+                raise
+            comm.say(f"warning: {error}")  # a run that was requeued does not end for it
+        if is_new:
+            self._journal.begin(name=self._folder.name, experiment=settings.experiment, parent=settings.parent)
         if not self._journal.params:
-            self._journal.write("params", values=settings)
+            self._journal.write("params", values=parameters)
         # What differs from the first attempt is a tag of this one: MLflow changes no parameter.
         known = self._journal.params
-        changed = {key: value for key, value in settings.items() if key not in known or known[key] != value}
+        changed = {key: value for key, value in parameters.items() if key not in known or known[key] != value}
         made_by = {"world_size": len(hosts), "hosts": ", ".join(dict.fromkeys(hosts)), **about(), **changed}
-        self._journal.write("start", attempt=self._journal.attempt + 1, uri=self._uri)
+        self._journal.start(self._uri)
         self.tags({f"attempt.{self._journal.attempt}.{key}": value for key, value in made_by.items()})
-        comm.at_abort(lambda code: self._note_end("KILLED" if code == EXIT_CODE else "FAILED"))
-        self._sender: subprocess.Popen[bytes] | None = None
-        try:
-            self._sender = subprocess.Popen(
-                [sys.executable, "-m", "mica_ds.sender", str(self._folder), self._uri],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # a terminal's interrupt is meant for the run
-            )
-        except OSError as error:
-            comm.say(f"warning: tracking: nothing is sent during the run: {error.strerror}")
+        comm.at_abort(lambda code: self._journal.end("KILLED" if code == EXIT_CODE else "FAILED"))
+        self._sender = _start_sender(self._folder, self._uri)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Note numbers at a step; some 0.1 ms. Local."""
@@ -91,10 +95,6 @@ class Tracker:
             self._is_warned = True
             comm.say(f"warning: tracking: the journal waits in memory: {error.strerror}; make room in {self._folder}")
 
-    def _note_end(self, status: str) -> None:
-        if not self._journal.is_ended:
-            self._journal.write("end", status=status)
-
     def __enter__(self) -> "Tracker":
         return self
 
@@ -106,29 +106,58 @@ class Tracker:
     ) -> None:
         if not comm.is_main():
             return
-        self._note_end("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
-        self._journal.close()
-        if lost := self._journal.waiting:
-            comm.say(f"warning: tracking: {lost} lines could not be written to the journal, and are lost")
-        self._end_sender()
-        if left := unsent(self._folder, self._uri, self._journal.lines - lost):
-            comm.say(
-                f"warning: tracking: {left} of {self._journal.lines - lost} lines are not sent to {self._uri} yet; "
-                f"`mica-ds sync {self._folder}` sends them"
-            )
+        self._journal.end("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+        _close(self._journal, self._sender, self._folder, self._uri)
 
-    def _end_sender(self) -> None:
-        """Let the sender bring what is left, for GRACE seconds at most."""
-        if self._sender is None:
-            return
-        assert self._sender.stdin
-        with suppress(OSError):  # it has ended already
-            self._sender.stdin.write(b"\n")
-            self._sender.stdin.close()
+
+def finish(folder: Path, uri: str) -> None:
+    """Note that a folder's run has finished, and send what the store has not got, for GRACE seconds at most. Local.
+
+    Nothing where another process writes to the folder. Raises: UserError where the journal cannot be written.
+    """
+    uri = resolve_uri(uri)
+    try:
+        journal = Journal(folder)
+    except BlockingIOError:
+        return
+    if journal.run and journal.status != "FINISHED":  # killed after its last work, before its last line
+        journal.write("end", status="FINISHED")
+    sender = _start_sender(folder, uri) if unsent(folder, uri, journal.lines) else None
+    _close(journal, sender, folder, uri)
+
+
+def _start_sender(folder: Path, uri: str) -> "subprocess.Popen[bytes] | None":
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "mica_ds.sender", str(folder), uri],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # a terminal's interrupt is meant for the run
+        )
+    except OSError as error:
+        comm.say(f"warning: tracking: nothing is sent during the run: {error.strerror}")
+        return None
+
+
+def _close(journal: Journal, sender: "subprocess.Popen[bytes] | None", folder: Path, uri: str) -> None:
+    """Let the sender bring what is left, for GRACE seconds at most, and say what was not sent or found no room."""
+    unwritten = journal.close()
+    if sender:
         try:
-            self._sender.wait(GRACE)
+            sender.communicate(unwritten, timeout=GRACE)
         except subprocess.TimeoutExpired:
-            self._sender.kill()
+            sender.kill()
+            sender.wait()
+    is_sent = sender is not None and sender.returncode == 0
+    if lost := unwritten.count(b"\n"):
+        what = f"{uri} has them, and no other store will" if is_sent else "they are lost"
+        comm.say(f"warning: tracking: {lost} lines found no room in {folder}: {what}")
+    written = journal.lines - lost
+    if not is_sent and (left := unsent(folder, uri, written)):
+        comm.say(
+            f"warning: tracking: {left} of {written} lines are not sent to {uri} yet; "
+            f"`mica-ds sync {folder}` sends them"
+        )
 
 
 def pages_command(uri: str) -> str:

@@ -17,11 +17,36 @@ from .conftest import environment, free_ports
 START_LIMIT = 90  # seconds
 
 
-class Server:
-    """`mlflow server` with a SQLite file; it may be killed, and started again at the same address."""
+# MLflow (3.17) protects the forms of its basic authentication by Flask-WTF, which it does not bring along; no test
+# fills in a form.
+NO_FORMS = """class CSRFProtect:
+    def init_app(self, app): ...
+    def exempt(self, view): return view
+"""
+AUTHENTICATION = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = {user}
+admin_password = {password}
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+
+class Server:
+    """`mlflow server` with a SQLite file; it may be killed, and started again at the same address.
+
+    With a user and a password it asks for them, by MLflow's own basic authentication.
+    """
+
+    def __init__(self, folder: Path, user: str = "", password: str = "") -> None:
+        self._folder, self._options, self._variables = folder, list[str](), dict[str, str]()
+        if user:
+            (folder / "users.ini").write_text(AUTHENTICATION.format(folder=folder, user=user, password=password))
+            (folder / "flask_wtf").mkdir()
+            (folder / "flask_wtf/csrf.py").write_text(NO_FORMS)
+            self._options = ["--app-name", "basic-auth"]
+            self._variables = {"MLFLOW_AUTH_CONFIG_PATH": f"{folder}/users.ini", "PYTHONPATH": str(folder)}
+            self._variables["MLFLOW_FLASK_SERVER_SECRET_KEY"] = "for forms"
         (self.port,) = free_ports(1)
         self.uri = f"http://127.0.0.1:{self.port}"
         self.start()
@@ -32,9 +57,11 @@ class Server:
         address = ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         with (self._folder / "log").open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *address],
+                [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *address, *self._options],
                 cwd=self._folder,
-                env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true"),
+                env=environment(
+                    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_DISABLE_TELEMETRY="true", **self._variables
+                ),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -88,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         proxy.requests.append(self.path)
         mode = proxy.mode if proxy.on in self.path else "pass"
         if proxy.authorization and self.headers.get("Authorization") != proxy.authorization:
-            return self._reply(401, b"who are you?")
+            return self._reply(401, f"who is {self.headers.get('Authorization')}?".encode())
         if mode == "error":
             return self._reply(500, b"out of order")
         if mode in ("delay", "late"):
