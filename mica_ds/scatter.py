@@ -30,7 +30,7 @@ class Arm:
 
 def plot_forgetting(arms: dict[str, Arm], base: Interval, bound: float, file: Path) -> None:
     """Knowledge over the ratio of perplexities: each run, each arm's mean with its interval, and the base model."""
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.axvline(bound, color="black", linestyle=":", linewidth=1.2, label="bound for a rate to be chosen")
     _draw(axes, arms, base, [arm.ratios for arm in arms.values()])
@@ -45,11 +45,14 @@ def plot_parameters(arms: dict[str, Arm], base: Interval, file: Path) -> None:
     for number, count in enumerate(counts):
         twins = [twin for twin, other in enumerate(counts) if other == count]
         places.append([count * _SIDE ** (twins.index(number) - (len(twins) - 1) / 2)])
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     _draw(axes, arms, base, places)
-    axes.set_xlabel("trained parameters; arms with as many as another stand side by side")
+    ticks = sorted(set(counts))
+    axes.set_xticks(ticks, [f"{count / 1e6:.3g}" for count in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("millions of trained parameters (arms with as many as another stand side by side)")
     figure.savefig(file, dpi=150)
 
 
