@@ -1,5 +1,6 @@
 """The command line: `mica-ds VERB CONFIG.yaml [key=value …]`, under any launcher or alone."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,7 @@ import typer
 from mica_ds import sender
 from mica_ds.arms import load_study
 from mica_ds.config import load_config
-from mica_ds.errors import Preempted, UserError
-from mica_ds.signals import EXIT_CODE
+from mica_ds.errors import UserError
 from mica_ds.stores import check_uri, resolve_uri
 
 app = typer.Typer(
@@ -91,20 +91,20 @@ def study(
     ] = None,
 ) -> None:
     """Compare methods fairly: a learning rate swept for each, then several seeds, on the same data and budget."""
-    from mica_ds import study as verb  # imports scipy and matplotlib
+    environment = dict(os.environ)  # of the runs: what follows adds to its own what a rank needs
+    from mica_ds import comm
 
-    try:
-        settings = load_study(file, overrides)
+    def main() -> None:
+        from mica_ds import study as verb
+
+        with comm.failing_together():
+            settings = load_study(file, overrides)
         if results:
             verb.report(settings, results)
-        elif not verb.conduct(settings):
-            raise typer.Exit(1)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except Preempted as stop:
-        print(stop)
-        raise typer.Exit(EXIT_CODE) from None
+        else:
+            verb.conduct(settings, environment)
+
+    comm.run(main)
 
 
 @app.command()

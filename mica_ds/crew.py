@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
 
 LOG = "study.log"
@@ -21,29 +22,27 @@ _PAUSE = 0.2  # seconds between two looks at the runs
 def carry_out(
     study: StudySettings,
     runs: list[Run],
+    environment: dict[str, str],
     parent: str,
     is_finished: Callable[[Run], bool],
     on_end: Callable[[Run, int], None],
 ) -> None:
     """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
 
-    `parent` is what they name as `tracking.parent`; `on_end` is told of each run and its exit code, 0 where it was
-    finished before.
+    `environment` is that of the runs, and `parent` what they name as `tracking.parent`; `on_end` is told of each run
+    and its exit code, 0 where it was finished before.
     """
     waiting, going = list(runs), list[_Attempt]()
     try:
         while waiting or going:
             while waiting and len(going) < study.parallel:
-                going.append(_Attempt(study, waiting.pop(0), parent, is_finished))
-                if going[-1].poll() is None and not going[-1].is_started:
-                    print(f"study: {going[-1].run} still goes on from an earlier start; waiting for it", flush=True)
+                going.append(_Attempt(study, waiting.pop(0), environment, parent, is_finished))
             for attempt in list(going):
                 code = attempt.poll()
                 if code is not None:
                     going.remove(attempt)
                     on_end(attempt.run, code)
-            if len(going) == study.parallel or (going and not waiting):
-                time.sleep(_PAUSE)
+            time.sleep(_PAUSE if going else 0)
     except BaseException:
         for attempt in going:
             attempt.signal(signal.SIGTERM)  # to all its processes: the ranks save a checkpoint
@@ -64,35 +63,41 @@ class _Attempt:
     the study waits for them instead of doing them twice.
     """
 
-    def __init__(self, study: StudySettings, run: Run, parent: str, is_finished: Callable[[Run], bool]) -> None:
+    def __init__(
+        self,
+        study: StudySettings,
+        run: Run,
+        environment: dict[str, str],
+        parent: str,
+        is_finished: Callable[[Run], bool],
+    ) -> None:
         self.run = run
         self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
-        self._environment = _environment(study)
-        self._is_finished = is_finished
+        self._environment = environment | _place(study, environment)
+        self._is_finished, self._is_waiting = is_finished, False
         self._process: subprocess.Popen[bytes] | None = None
         run.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-
-    @property
-    def is_started(self) -> bool:
-        return self._process is not None
+        self._file = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
 
     def poll(self) -> int | None:
         """The exit code, 0 for a run that was finished before; None while it goes on."""
         if self._process is None:
-            if not lock(self._lock):
+            if not _lock(self._file):
+                if not self._is_waiting:
+                    self._is_waiting = True
+                    comm.say(f"study: {self.run} still goes on from an earlier start; waiting for it")
                 return None
             try:
                 if self._is_finished(self.run):
                     return 0
                 self._start()
             finally:
-                os.close(self._lock)
+                os.close(self._file)
         assert self._process
         return self._process.poll()
 
     def _start(self) -> None:
-        with (self.run.folder / LOG).open("ab") as log:
+        with (self.run.folder / LOG).open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
                 env=self._environment,
@@ -100,7 +105,7 @@ class _Attempt:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a terminal's interrupt is the study's to pass on
-                pass_fds=[self._lock],
+                pass_fds=[self._file],
             )
 
     def signal(self, number: int) -> bool:
@@ -114,8 +119,8 @@ class _Attempt:
         return False
 
 
-def lock(file: int) -> bool:
-    """Take the lock of an open file; False while another process has it. Local."""
+def _lock(file: int) -> bool:
+    """Take the lock of an open file; False while another process has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -130,16 +135,14 @@ def last_words(folder: Path) -> str:
     text = (folder / LOG).read_text(errors="replace").replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["no output"])[-1].removeprefix("error: ")
+    return (errors or lines or ["it has said nothing"])[-1].removeprefix("error: ")
 
 
-def _environment(study: StudySettings) -> dict[str, str]:
-    """A place to meet and a part of the cores for one run."""
+def _place(study: StudySettings, environment: dict[str, str]) -> dict[str, str]:
+    """Where the ranks of one run meet, and their part of the cores unless the environment has it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    found = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    found["MASTER_PORT"] = str(port)
-    if study.ranks:
-        threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
-        found = {"OMP_NUM_THREADS": str(threads), **found, "NUM_RANKS": str(study.ranks)}
-    return found
+        place = {"MASTER_PORT": str(listener.getsockname()[1])}
+    if study.ranks is None:
+        return place
+    threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
+    return place | {"NUM_RANKS": str(study.ranks), "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))}

@@ -280,10 +280,9 @@ def test_a_signal_ends_the_runs_and_failures_are_named(study_file: Callable[...,
     assert "seed 1 failed: no luck today" in said
     assert "stopped by SIGTERM; start again to go on" in said
     failed = start([sys.executable, "-m", "mica_ds", "study", str(study_file(launch=["false"]))])
-    assert failed.codes == [1]
-    assert failed.output.count("failed: no luck today") == 1  # the others have said nothing
-    assert failed.output.count("failed: no output") == 3
-    assert "4 runs failed; the same command tries them again" in failed.output
+    assert failed.codes == [2]
+    assert failed.output.count("failed: it has said nothing") == 4
+    assert "error: 4 runs failed, as said above; the same command tries them again" in failed.output
 
 
 def _check_folders(study: StudySettings) -> None:
