@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
+from mica_ds.errors import UserError
 
 LOG = "study.log"
 _LOCK = "study.lock"
@@ -98,15 +99,18 @@ class _Attempt:
 
     def _start(self) -> None:
         with (self.run.folder / LOG).open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's interrupt is the study's to pass on
-                pass_fds=[self._file],
-            )
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a terminal's interrupt is the study's to pass on
+                    pass_fds=[self._file],
+                )
+            except OSError as error:
+                raise UserError(f"launch: {self._command[0]} cannot be started: {error.strerror}") from None
 
     def signal(self, number: int) -> bool:
         """Send a signal to every process of the run; whether there was one."""
