@@ -1,6 +1,5 @@
 """The command line: `mica-ds VERB CONFIG.yaml [key=value …]`, under any launcher or alone."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -91,7 +90,6 @@ def study(
     ] = None,
 ) -> None:
     """Compare methods fairly: a learning rate swept for each, then several seeds, on the same data and budget."""
-    environment = dict(os.environ)  # of the runs: what follows adds to its own what a rank needs
     from mica_ds import comm
 
     def main() -> None:
@@ -102,9 +100,9 @@ def study(
         if results:
             verb.report(settings, results)
         else:
-            verb.conduct(settings, environment)
+            verb.conduct(settings)
 
-    comm.run(main)
+    comm.run(main, comm.start_alone)
 
 
 @app.command()

@@ -23,21 +23,20 @@ _PAUSE = 0.2  # seconds between two looks at the runs
 def carry_out(
     study: StudySettings,
     runs: list[Run],
-    environment: dict[str, str],
     parent: str,
     is_finished: Callable[[Run], bool],
     on_end: Callable[[Run, int], None],
 ) -> None:
     """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
 
-    `environment` is that of the runs, and `parent` what they name as `tracking.parent`; `on_end` is told of each run
-    and its exit code, 0 where it was finished before.
+    `parent` is what they name as `tracking.parent`; `on_end` is told of each run and its exit code, 0 where it was
+    finished before.
     """
     waiting, going = list(runs), list[_Attempt]()
     try:
         while waiting or going:
             while waiting and len(going) < study.parallel:
-                going.append(_Attempt(study, waiting.pop(0), environment, parent, is_finished))
+                going.append(_Attempt(study, waiting.pop(0), parent, is_finished))
             for attempt in list(going):
                 code = attempt.poll()
                 if code is not None:
@@ -68,13 +67,12 @@ class _Attempt:
         self,
         study: StudySettings,
         run: Run,
-        environment: dict[str, str],
         parent: str,
         is_finished: Callable[[Run], bool],
     ) -> None:
         self.run = run
         self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
-        self._environment = environment | _place(study, environment)
+        self._environment = os.environ | _place(study)
         self._is_finished, self._is_waiting = is_finished, False
         self._process: subprocess.Popen[bytes] | None = None
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -142,11 +140,11 @@ def last_words(folder: Path) -> str:
     return (errors or lines or ["it has said nothing"])[-1].removeprefix("error: ")
 
 
-def _place(study: StudySettings, environment: dict[str, str]) -> dict[str, str]:
+def _place(study: StudySettings) -> dict[str, str]:
     """Where the ranks of one run meet, and their part of the cores unless the environment has it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         place = {"MASTER_PORT": str(listener.getsockname()[1])}
     if study.ranks is None:
         return place
     threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
-    return place | {"NUM_RANKS": str(study.ranks), "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads))}
+    return place | {"NUM_RANKS": str(study.ranks), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

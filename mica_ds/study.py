@@ -1,5 +1,6 @@
 """The verb `study`: which learning rate suits each arm, how the arms then compare, and what that supports."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -22,14 +23,14 @@ def report(study: StudySettings, results: Path) -> None:
         comm.say(f"study: {path}")
 
 
-def conduct(study: StudySettings, environment: dict[str, str]) -> None:
-    """Sweep each arm's learning rate, run its seeds at the best, and compare; all runs have this environment.
+def conduct(study: StudySettings) -> None:
+    """Sweep each arm's learning rate, run its seeds at the best, and compare.
 
-    What is finished stays, and what was begun goes on. For one rank alone. Raises: UserError, also where a run has
+    What is finished stays, and what was begun goes on. Local. Raises: UserError, also where a run has
     failed; Preempted at a signal or an interrupt, once all runs have ended.
     """
-    if comm.world_size() > 1:
-        raise UserError("a study starts its runs by itself; start it without a launcher, and set `launch` and `ranks`")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study starts its runs by itself: start it without a launcher, and set `launch` and `ranks`")
     for run in sweep(study):
         check_folder(study, run)
     folder, tracking = study.output_dir, run_config(study, sweep(study)[0]).tracking
@@ -41,14 +42,14 @@ def conduct(study: StudySettings, environment: dict[str, str]) -> None:
     with Tracker(folder, tracking, study.model_dump(mode="json")) as tracker:
         tracker.artifact(folder / "study.yaml")
         try:
-            failed = _carry_out(study, sweep(study), environment, tracker.id)
+            failed = _carry_out(study, sweep(study), tracker.id)
             chosen = choices(study, _finished(sweep(study)))
             for arm, choice in chosen.items():
                 comm.say(f"study: the learning rate of {arm} is {choice.learning_rate:g}")
             for warning in warnings(study, chosen):
                 comm.say(f"warning: {warning}")
             final = trials(study, {arm: choice.learning_rate for arm, choice in chosen.items()})
-            failed += _carry_out(study, final, environment, tracker.id)
+            failed += _carry_out(study, final, tracker.id)
         except KeyboardInterrupt as stop:
             raise stop if isinstance(stop, Preempted) else Preempted("interrupted; start again to go on") from None
         results = _finished([*sweep(study), *final])
@@ -64,7 +65,7 @@ def conduct(study: StudySettings, environment: dict[str, str]) -> None:
         comm.say((folder / TABLE).read_text())
 
 
-def _carry_out(study: StudySettings, runs: list[Run], environment: dict[str, str], parent: str) -> list[Run]:
+def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
     """Have these runs done, and return those that failed."""
     failed: list[Run] = []
     started, ended = time.monotonic(), 0
@@ -84,7 +85,7 @@ def _carry_out(study: StudySettings, runs: list[Run], environment: dict[str, str
 
     for run in runs:
         check_folder(study, run)
-    carry_out(study, runs, environment, parent, _is_finished, on_end)
+    carry_out(study, runs, parent, _is_finished, on_end)
     return failed
 
 
