@@ -73,7 +73,7 @@ class Standing:
 
 
 def read_run(run: Run) -> Result:
-    """The result of a finished run, from its folder. Local."""
+    """The result of a finished run, from its folder. Local. Raises: UserError without multiple-choice questions."""
     summary = json.loads((run.folder / "summary.json").read_text())
     names = {field.name for field in dataclasses.fields(Result)}
     known: dict[str, Any] = {key: value for key, value in summary.items() if key in names}
@@ -178,8 +178,12 @@ def _standing(results: list[Result]) -> Standing:
 
 
 def _right(file: Path) -> str:
-    with file.open() as lines:
-        return "".join("1" if json.loads(line)["right"] else "0" for line in lines)
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    right = "".join("1" if row["right"] else "0" for row in rows if "right" in row)
+    if not right:
+        raise UserError(f"{file} holds no multiple-choice question; a study compares by these")
+    return right
 
 
 def _name(result: Result) -> str:

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
+from scipy.stats import binom
 
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
 from mica_ds.arms import StudySettings, load_study, sweep, trials
 from mica_ds.errors import UserError
 from mica_ds.findings import Result, choices, choose, compare, read_results, standings, write_results
 from mica_ds.journal import Reader
-from mica_ds.study import RESULTS, report
+from mica_ds.statistics import mean_interval
+from mica_ds.study import RESULTS, conduct, report
 
 from .conftest import ROOT, environment, start
 
@@ -188,6 +190,18 @@ def test_arms_are_compared_question_by_question_over_the_mean_of_the_seeds(study
     assert back == pytest.approx((-mean, -high, -low))
 
 
+@pytest.mark.parametrize("share", [0.05, 0.28, 0.5, 0.9])
+def test_the_interval_of_a_share_of_questions_holds_its_level(share: float) -> None:
+    number = 72
+    covered = 0.0
+    for right in range(number + 1):
+        mean, low, high = mean_interval([1.0] * right + [0.0] * (number - right))
+        assert mean == pytest.approx(right / number)
+        assert low <= mean <= high
+        covered += binom.pmf(right, number, share) * (low <= share <= high)
+    assert 0.94 <= covered <= 0.99
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -212,6 +226,13 @@ def test_an_account_needs_all_runs_and_says_which_is_missing(study: StudySetting
     (tmp_path / RESULTS).write_text('{"arm": "lora"}\n')
     with pytest.raises(UserError, match=f"{RESULTS}, line 1 is no result"):
         report(study, tmp_path / RESULTS)
+
+
+def test_a_study_under_a_launcher_is_refused(study: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start it without a launcher"):
+        conduct(study)
+    assert not study.output_dir.exists()
 
 
 @pytest.mark.dist
