@@ -23,6 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from mica_ds import comm
 from mica_ds.errors import UserError
 from mica_ds.optimizer import MASTER, MOMENTS, fill_states, gather_states, optimizer_step
+from mica_ds.shards import fill_partition
 from mica_ds.shelf import STATE, checkpoint_folder, read_state, rotate
 from mica_ds.weights import open_checkpoint
 
@@ -37,6 +38,7 @@ def save_checkpoint(
     progress: TrainerState,
     about: dict[str, Any],
     keep: int,
+    ranked: list[int],
 ) -> Path:
     """Write a checkpoint of a model that trains under ZeRO-3, then remove those that are not to be kept. Collective.
 
@@ -48,8 +50,9 @@ def save_checkpoint(
         engine: DeepSpeed's.
         frozen: the fp32 tensors that the trained ones mean nothing without; rank 0's count.
         progress: written to `trainer_state.json`.
-        about: goes into `state.json`; `loss` decides which checkpoint is the best, `origin` what may go on from it.
+        about: goes into `state.json`; `loss` may decide which checkpoint is the best, `origin` what may go on from it.
         keep: the newest so many stay, and the best.
+        ranked: the steps of which the first with a checkpoint has the best; without any, the loss decides.
 
     Raises: UserError where the disk is full or fails; what was there before stays.
     """
@@ -80,7 +83,7 @@ def save_checkpoint(
                     "to go on from the checkpoint before it"
                 ) from None
             try:
-                rotate(folder, keep)
+                rotate(folder, keep, ranked)
             except OSError as failure:
                 comm.say(f"warning: an old checkpoint cannot be removed: {failure}")
     return target
@@ -129,6 +132,18 @@ def restore_optimizer(engine: Any, checkpoint: Path) -> None:
         return stored[key][names[id(parameter)]].read(start, stop)
 
     fill_states(engine, read_state(checkpoint)["optimizer_step"], read)
+
+
+def load_trained(engine: Any, checkpoint: Path) -> None:
+    """Give the engine a checkpoint's trained parameters for forwards alone; each rank reads its own slices. Local.
+
+    The optimizer keeps its masters, with which the next step would overwrite them.
+    """
+    stored, names = open_checkpoint(checkpoint, tensor_files(checkpoint)), _stored_names(engine)
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            parameter.partition()  # one that ZeRO-3 keeps whole would not hear of it
+            fill_partition(parameter, stored[names[id(parameter)]].read)
 
 
 def restore_random_state(checkpoint: Path) -> None:

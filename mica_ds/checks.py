@@ -23,11 +23,11 @@ from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.config import Config, read_deepspeed
 from mica_ds.data import read_documents
 from mica_ds.errors import UserError
-from mica_ds.evaluate import read_questions
 from mica_ds.links import device
 from mica_ds.memory import readable
 from mica_ds.model import load_skeleton, load_tokenizer, read_model_config
 from mica_ds.parallelism import check_parallelism
+from mica_ds.questions import read_questions
 from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
 from mica_ds.trainer import accumulation_steps, training_arguments
@@ -167,10 +167,12 @@ def data_files(config: Config) -> dict[str, str]:
     found = {"corpus": _volume(read_documents(data.corpus, "data.corpus"))}
     if data.replay:
         found["replay"] = _volume(read_documents(data.replay, "data.replay"))
+    if scored.domain:
+        found["domain"] = _volume(read_documents([scored.domain], "evaluate.domain"))
     if scored.retention:
         found["held-out"] = _volume(read_documents([scored.retention], "evaluate.retention"))
     if scored.questions:
-        found["questions"] = str(len(read_questions(scored, load_tokenizer(config.model))))
+        found["questions"] = str(len(read_questions(scored.questions)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,7 +30,7 @@ Overrides = Annotated[
 ]
 
 
-def _run(verb: str, config: Path, overrides: list[str] | None, **options: bool) -> None:
+def _run(verb: str, config: Path, overrides: list[str] | None, **options: Any) -> None:
     from mica_ds import comm  # imports torch, which `sync` needs not wait for
 
     def main() -> None:
@@ -59,8 +59,25 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Score the run's newest checkpoint, or the base model where there is none."""
+    """Score the run's checkpoint and the base model under it, or the base model where there is none."""
     _run("evaluate", config, overrides)
+
+
+@app.command()
+def questions(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The jsonl file to write.")] = Path("questions.jsonl"),
+    number: Annotated[int, typer.Option(min=1, help="At most so many questions.")] = 100,
+    held_out: Annotated[
+        Path | None, typer.Option(help="A jsonl file for the documents without the sentences asked for.")
+    ] = None,
+    by_model: Annotated[
+        bool, typer.Option("--by-model", help="Of three times as many, keep those the base model is least sure of.")
+    ] = False,
+) -> None:
+    """Draft multiple-choice questions from the documents, for a person to correct."""
+    _run("questions", config, overrides, output=output, number=number, held_out=held_out, by_model=by_model)
 
 
 @app.command()

@@ -82,18 +82,30 @@ class DataSettings(Section):
 
 class EvaluateSettings(Section):
     questions: Path | None = None
-    """Multiple choice as jsonl: `question`, `options`, `answer` (an index)."""
+    """Jsonl: `question`, `options`, `answer` (an index); or, open, `question`, `answer` (a text or accepted ones)."""
+    domain: Path | None = None
+    """Held-out text of the documents' own kind (.txt, .md or .jsonl) whose perplexity shows learning."""
     retention: Path | None = None
     """Held-out general text (.txt, .md or .jsonl) whose perplexity shows forgetting."""
+    suites: list[str] = []
+    """lm-eval's names of standard suites (hellaswag, truthfulqa_mc1, mmlu, …) that `mica-ds evaluate` runs besides."""
+    suites_data: Path | None = None
+    """Folder with the suites' data, by the names of their repositories; otherwise they must be in the hub's cache."""
     every: NonNegativeInt = 0
     """Steps between evaluations during training; 0 for none besides those before and after."""
+    max_forgetting: PositiveFloat | None = None
+    """How many times its value before training the retention of a best checkpoint may be: 1.1 for a tenth more."""
+    patience: NonNegativeInt = 0
+    """Evaluations in a row that are not better than the best one, after which training stops; 0 to go on to the end."""
     batch_tokens: PositiveInt = 4096
     """Tokens that one rank evaluates at a time; their logits (× vocabulary × 4 bytes) must fit."""
 
 
 class CheckpointSettings(Section):
     keep: PositiveInt = 2
-    """Newest checkpoints to keep; the one with the lowest training loss is kept besides."""
+    """Newest checkpoints to keep; the best one is kept besides: `export` says which, or it has the lowest loss."""
+    export: Literal["last", "best"] = "last"
+    """What is exported: the last step, or the one that knew most within evaluate.max_forgetting, of those evaluated."""
     max_skipped: PositiveInt = 5
     """Steps in a row with a loss or gradient that is not finite, and so without an update, after which a run ends."""
 
@@ -144,7 +156,7 @@ DERIVED_ARGUMENTS = {
 _FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
 UNSUPPORTED_ARGUMENTS = {
     "eval_strategy": "set evaluate.every instead",
-    "load_best_model_at_end": "the best checkpoint is kept; set resume to its folder",
+    "load_best_model_at_end": "set checkpoint.export=best instead",
     "resume_from_checkpoint": "set resume instead",
     "save_total_limit": "set checkpoint.keep instead",
     "save_only_model": "a checkpoint is always complete",
@@ -165,6 +177,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     Raises: UserError that names the file and the key.
     """
     config = read_settings(Config, path, overrides)
+    _check_evaluation(path, config)
     arguments = _check_training_arguments(path, config.train)
     _check_deepspeed(config.deepspeed)
     check_uri(config.tracking.uri)
@@ -287,6 +300,19 @@ def _nearest(key: str, known: typing.Iterable[str], section: list[str]) -> str:
     if close:
         return f"; did you mean {'.'.join([*section, close[0]])}?"
     return f"; known here: {', '.join(known)}"
+
+
+def _check_evaluation(path: Path, config: Config) -> None:
+    """Refuse settings that would do nothing without others."""
+    scored = config.evaluate
+    wanted = {"evaluate.patience": scored.patience, "checkpoint.export=best": config.checkpoint.export == "best"}
+    for key, is_set in wanted.items():
+        if is_set and not (scored.questions and scored.every):
+            raise UserError(f"{path}: {key} needs evaluate.questions and evaluate.every")
+    if scored.max_forgetting and not (scored.retention and any(wanted.values())):
+        raise UserError(
+            f"{path}: evaluate.max_forgetting needs evaluate.retention, and evaluate.patience or checkpoint.export=best"
+        )
 
 
 def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -32,15 +32,21 @@ def plot_loss(steps: list[int], losses: list[float], file: Path) -> None:
 
 
 def plot_scores(scores: dict[str, list[tuple[int, float]]], file: Path) -> Path | None:
-    """Knowledge (accuracy) and retention (perplexity) over optimizer steps, where any was measured."""
-    if not scores:
+    """Shares of questions and perplexities over optimizer steps, where any was measured."""
+    labels = {
+        "knowledge": "knowledge (accuracy)",
+        "f1": "open questions (F1)",
+        "domain": "domain (perplexity)",
+        "retention": "retention (perplexity)",
+    }
+    shown = {label: scores[key] for key, label in labels.items() if key in scores}
+    if not shown:
         return None
-    figure = Figure(figsize=(7, 2.6 * len(scores)), layout="constrained")
-    labels = {"knowledge": "knowledge (accuracy)", "retention": "retention (perplexity)"}
-    panels = figure.subplots(len(scores), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (key, points) in zip(panels, scores.items(), strict=True):
+    figure = Figure(figsize=(7, 2.6 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (label, points) in zip(panels, shown.items(), strict=True):
         axes.plot(*zip(*points, strict=True), color="tab:blue", marker=".")
-        axes.set_ylabel(labels[key])
+        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     figure.savefig(file, dpi=150)

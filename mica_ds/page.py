@@ -16,6 +16,8 @@ from mica_ds.config import Config
 from mica_ds.data import source_files
 from mica_ds.export import export_folder
 from mica_ds.files import replacing
+from mica_ds.scores import course
+from mica_ds.statistics import accuracy_interval
 from mica_ds.weights import open_checkpoint
 
 PAGE = "report.html"
@@ -64,7 +66,13 @@ def write_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": _duration, "amount": _amount, "percent": _percent, "literal": repr}
+    environment.filters |= {
+        "duration": _duration,
+        "amount": _amount,
+        "percent": _percent,
+        "points": _points,
+        "literal": repr,
+    }
     template = environment.get_template("page.html")
     text = template.render(
         config=config,
@@ -93,8 +101,8 @@ def _scores(summary: dict[str, Any], history: list[dict[str, float]]) -> dict[st
     if summary["knowledge_after"] is None:
         knowledge, accuracy = None, ""
     else:
-        scored = [entry for entry in history if "knowledge" in entry and entry["step"] > 0]
-        during = {f"step {entry['step']}": entry["knowledge"] for entry in scored}
+        ends = (0, summary["exported_step"])
+        during = {f"step {step}": share for step, share in course(history, summary)["knowledge"] if step not in ends}
         shares = {"before": summary["knowledge_before"], **during, "after": summary["knowledge_after"]}
         all_known = {name: _knowledge(share, summary["questions"]) for name, share in shares.items()}
         intervals = {name: (known.low, known.high) for name, known in all_known.items()}
@@ -107,18 +115,15 @@ def _scores(summary: dict[str, Any], history: list[dict[str, float]]) -> dict[st
 
 
 def _knowledge(share: float, questions: int) -> Knowledge:
-    from scipy.stats import binomtest  # half a second, which only the rank that writes a report spends
-
     right = round(share * questions)
-    interval = binomtest(right, questions).proportion_ci(method="wilson")
-    return Knowledge(share, right, interval.low, interval.high)
+    return Knowledge(share, right, *accuracy_interval([True] * right + [False] * (questions - right)))
 
 
 def _texts(config: Config) -> list[TextSource]:
     named = [(path, "learnt") for path in config.data.corpus]
     named += [(path, "replay") for path in config.data.replay]
     named += [(path, "questions") for path in [config.evaluate.questions] if path]
-    named += [(path, "held out") for path in [config.evaluate.retention] if path]
+    named += [(path, "held out") for path in [config.evaluate.domain, config.evaluate.retention] if path]
     return [_text(path, purpose) for path, purpose in named]
 
 
@@ -156,3 +161,8 @@ def _amount(number: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def _points(change: float) -> str:
+    """A change of a share, in percentage points: `+12.5`, `−3.0`."""
+    return f"{100 * change:+.1f}".replace("-", "\N{MINUS SIGN}")

@@ -1,15 +1,15 @@
 """The verbs, each from config to result in one screen."""
 
-import dataclasses
-import json
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
@@ -23,10 +23,11 @@ from mica_ds.adapter import (
     target_modules,
 )
 from mica_ds.basis import Basis, build_basis, warnings
-from mica_ds.checkpoint import read_history, tensor_files
-from mica_ds.config import Config, fixed_settings, save_config
+from mica_ds.checkpoint import load_trained, read_history, tensor_files
+from mica_ds.config import Config, EvaluateSettings, fixed_settings, save_config
 from mica_ds.data import build_dataset
 from mica_ds.doctor import examine, print_results
+from mica_ds.draft import check_absent, draft_questions, most_open, read_sources, without_sentences, write_jsonl
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
@@ -34,10 +35,22 @@ from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
-from mica_ds.report import SUMMARY, print_summary, write_summary
-from mica_ds.resume import attach, checked_weights, fingerprints, frozen_tensors, is_complete, made_of, start_point
+from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation, write_summary
+from mica_ds.resume import (
+    attach,
+    checked_weights,
+    exported_checkpoint,
+    fingerprints,
+    frozen_tensors,
+    is_complete,
+    made_of,
+    scores_before,
+    start_point,
+)
+from mica_ds.scores import MEASURES, Scores, compare, course, is_scored, remove_rows, write_rows
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints
+from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints, step_of
+from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
 from mica_ds.weights import open_checkpoint
@@ -55,8 +68,8 @@ def train(config: Config) -> None:
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
-    checkpoint, step = start_point(config, origin, steps)
-    if step >= steps and is_complete(config, step):
+    checkpoint, step, is_over = start_point(config, origin, steps)
+    if is_over and is_complete(config, step):
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
         if comm.is_main():
             tracking.finish(folder, config.tracking.uri)
@@ -83,13 +96,15 @@ def train(config: Config) -> None:
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
         if comm.is_main():
             remove_checkpoints(folder / "checkpoints", after=step)
+            remove_rows(folder, after=step)
             (folder / SUMMARY).unlink(missing_ok=True)
-        if step < steps:
+        scores = None
+        if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
             facts = {"basis_seconds": basis.seconds if basis else 0.0}
             trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin, frozen, facts)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            checkpoint, engine = trainer.saved, trainer.model_wrapped
+            checkpoint, engine, scores = trainer.saved, trainer.model_wrapped, trainer.run.scores
             if trainer.run.is_preempted:
                 stopped = Preempted(
                     f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on"
@@ -99,12 +114,18 @@ def train(config: Config) -> None:
         else:
             engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one
-        after = evaluator.score(engine)
-        tracker.metrics(after.found(), steps)
+        history = read_history(checkpoint)
+        after = _last_scores(evaluator, engine, step_of(checkpoint), scores, history, tracker)
+        best = exported_checkpoint(config, checkpoint, history)
+        if best != checkpoint:
+            comm.say(f"export: {best.name} is the best one, and is exported instead of the last, {checkpoint.name}")
+            load_trained(engine, best)
+            after = evaluator.score(engine)
+        before = scores_before(checkpoint, evaluator)
         _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
         summary = {
-            "knowledge_after": after.knowledge,
-            "retention_after": after.retention,
+            **compare(before, after),
+            "exported_step": step_of(best),
             "questions": evaluator.questions,
             "chance": evaluator.chance,
             "trainable_parameters": trainable,
@@ -118,9 +139,11 @@ def train(config: Config) -> None:
             if comm.is_main():
                 summary |= _trained(checkpoint)
                 with _writing(folder):
-                    exported = export_checkpoint(config, checkpoint)
+                    exported = export_checkpoint(config, best)
                     comm.say(f"export: {exported}")
-                    _record(config, summary, read_history(checkpoint), basis, exported, tracker)
+                    for name, found in (("before", before), ("after", after)):
+                        write_rows(found.rows if found else [], folder, name)
+                    _record(config, summary, history, basis, exported, tracker)
                 print_summary(summary, config)
 
 
@@ -139,15 +162,18 @@ def basis(config: Config) -> None:
 
 
 def evaluate(config: Config) -> None:
-    """Score the newest checkpoint of the run folder, or the base model where there is none. Collective."""
+    """Score the run folder's checkpoint and the base model under it, or alone where there is none. Collective."""
     folder = _open_run_folder(config)
     with comm.failing_together():
-        if config.evaluate.questions is None and config.evaluate.retention is None:
-            raise UserError("nothing to evaluate: set evaluate.questions or evaluate.retention")
+        settings = config.evaluate
+        if not (settings.questions or settings.domain or settings.retention or settings.suites):
+            raise UserError(
+                "nothing to evaluate: set evaluate.questions, evaluate.domain, evaluate.retention or evaluate.suites"
+            )
         args = training_arguments(config)
         tokenizer = load_tokenizer(config.model)
-    evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
-    checkpoint = find_checkpoint(folder / "checkpoints")
+    evaluator, suites = Evaluator(settings, tokenizer, config.data.sequence_length), load_suites(settings)
+    checkpoint = _checkpoint(config)
     if checkpoint:
         with comm.failing_together():
             check_origin(checkpoint, fixed_settings(config))
@@ -157,19 +183,66 @@ def evaluate(config: Config) -> None:
         modules = _targets(config, model)
         bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         model = attach(config, model, modules, bases, checkpoint)
-    scores = evaluator.score(inference_engine(model, args))
+    engine = inference_engine(model, args)
+
+    def run_suites(name: str) -> dict[str, Marks]:
+        return score_suites(suites, evaluator.runner, engine, folder, name)
+
+    after, suites_after = evaluator.score(engine), run_suites("checkpoint" if checkpoint else "base")
+    before, suites_before = scores_before(checkpoint, evaluator) if checkpoint else None, {}
+    if checkpoint and config.adapter.method != "full":  # which leaves no base model to compare with
+        with cast(PeftModel, engine.module).disable_adapter():
+            before, suites_before = before or evaluator.score(engine), run_suites("base")
     evaluated = {
         "checkpoint": checkpoint.name if checkpoint else None,
-        **dataclasses.asdict(scores),
+        **{measure: after.found().get(measure) for measure in MEASURES},
+        **compare(before, after),
+        "suites": compare_suites(suites_before, suites_after),
     }
-    comm.say(json.dumps(evaluated))
-    if comm.is_main():
-        (folder / "evaluation.json").write_text(json.dumps(evaluated, indent=1))
+    with comm.failing_together():
+        if comm.is_main():
+            with _writing(folder):
+                for name, found in (("base", before), ("checkpoint", after)) if checkpoint else (("base", after),):
+                    write_rows(found.rows if found else [], folder, name)
+                write_evaluation(evaluated, folder)
+            print_evaluation(evaluated, config)
+
+
+def questions(config: Config, output: Path, number: int, held_out: Path | None, by_model: bool) -> None:
+    """Draft questions from the documents, and where asked for write these without what is asked. Collective."""
+    with comm.failing_together():
+        for file in filter(None, (output, held_out)):
+            check_absent(file)
+        documents = read_sources(config.data.corpus)
+        seed = config.train.get("seed", TrainingArguments.seed)
+        drafts = draft_questions(documents, 3 * number if by_model else number, seed)
+        if not drafts:
+            raise UserError("data.corpus holds no sentence with a name or number and three others to mistake it for")
+    if by_model:
+        drafts = most_open(drafts, _losses(config, drafts), number)
+    with comm.failing_together():
+        if comm.is_main():
+            write_jsonl(drafts, output)
+            if held_out:
+                write_jsonl([{"text": text} for text in without_sentences(documents, drafts)], held_out)
+            comm.say(f"questions: {len(drafts)} drafts from {len(documents)} documents in {output}; correct them first")
+
+
+def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
+    """The base model's loss of each option of the drafts. Collective."""
+    args = training_arguments(config)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "drafts.jsonl"
+        write_jsonl(drafts, file)
+        settings = EvaluateSettings(questions=file, batch_tokens=config.evaluate.batch_tokens)
+        evaluator = Evaluator(settings, load_tokenizer(config.model), config.data.sequence_length)
+    scores = evaluator.score(inference_engine(_load(config, None)[0], args))
+    return [row["losses"] for row in scores.rows]
 
 
 def export(config: Config) -> None:
-    """Export the newest checkpoint of the run folder. Collective, though rank 0 alone works."""
-    checkpoint = find_checkpoint(config.output_dir / "checkpoints")
+    """Export the run folder's newest checkpoint, or its best. Collective, though rank 0 alone works."""
+    checkpoint = _checkpoint(config)
     with comm.failing_together():
         if comm.is_main():
             if checkpoint is None:
@@ -211,6 +284,12 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(
             f"{folder} cannot be written ({error}): make room or mend the disk, and start again to go on"
         ) from None
+
+
+def _checkpoint(config: Config) -> Path | None:
+    """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective."""
+    newest = find_checkpoint(config.output_dir / "checkpoints")
+    return exported_checkpoint(config, newest, read_history(newest)) if newest else None
 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
@@ -256,21 +335,29 @@ def _trained(checkpoint: Path) -> dict[str, Any]:
     """The figures of the training itself, over all starts of the run. Local."""
     state, history = read_state(checkpoint), read_history(checkpoint)
     return {
-        **state["run"],
+        **{key: value for key, value in state["run"].items() if key != "before"},
         "tokens_per_second": state["run"]["tokens"] / state["run"]["train_seconds"],
         "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
         "steps": state["step"],
     }
 
 
-def _scores(history: list[dict[str, float]], summary: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """Knowledge and retention over the steps, before, during and after training, where they were measured. Local."""
-    found = {}
-    for key in ("knowledge", "retention"):
-        if summary[f"{key}_after"] is not None:
-            during = [(int(entry["step"]), entry[key]) for entry in history if key in entry]
-            found[key] = [*during, (summary["steps"], summary[f"{key}_after"])]
-    return found
+def _last_scores(
+    evaluator: Evaluator,
+    engine: nn.Module,
+    step: int,
+    found: tuple[int, Scores] | None,
+    history: list[dict[str, float]],
+    tracker: Tracker,
+) -> Scores:
+    """The last step's scores: those that its training has `found`, or new ones, also for the history. Collective."""
+    if found and found[0] == step:
+        return found[1]
+    scores = evaluator.score(engine)
+    if not is_scored(history, step):
+        tracker.metrics(scores.found(), step)
+        history.append({**scores.found(), "step": step})
+    return scores
 
 
 def _record(
@@ -290,7 +377,7 @@ def _record(
         folder / "loss.png",
     )
     tracker.artifact(folder / "loss.png")
-    if scores := figures.plot_scores(_scores(history, summary), folder / "scores.png"):
+    if scores := figures.plot_scores(course(history, summary), folder / "scores.png"):
         tracker.artifact(scores)
     if basis:
         figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
@@ -301,6 +388,16 @@ def _record(
             tracker.register(config.tracking.register_as, under="adapter")
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
-    tracker.metrics({**numbers, **ranks}, step=summary["steps"])
+    ends = {
+        f"{key}_{end}": value
+        for key, (low, high) in summary["intervals"].items()
+        for end, value in (("low", low), ("high", high))
+    }
+    changes = {
+        f"{key}_change{end}": value
+        for key, found in summary["changes"].items()
+        for end, value in zip(("", "_low", "_high"), found, strict=True)
+    }
+    tracker.metrics({**numbers, **ranks, **ends, **changes}, step=summary["steps"])
     tracker.artifact(write_page(config, summary, history, basis.manifest if basis else None))
     tracker.artifact(write_summary(summary, folder))

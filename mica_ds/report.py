@@ -11,41 +11,89 @@ from mica_ds.config import Config
 from mica_ds.files import replacing
 from mica_ds.tracking import pages_command
 
-SUMMARY = "summary.json"
+SUMMARY, EVALUATION = "summary.json", "evaluation.json"
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> Path:
     """Write `summary.json`, whole or not at all, and return its path. Local, on one rank."""
-    file = folder / SUMMARY
+    return _write(summary, folder / SUMMARY)
+
+
+def write_evaluation(evaluated: dict[str, Any], folder: Path) -> Path:
+    """Write `evaluation.json`, whole or not at all, and return its path. Local, on one rank."""
+    return _write(evaluated, folder / EVALUATION)
+
+
+def _write(content: dict[str, Any], file: Path) -> Path:
     with replacing(file) as partial:
-        partial.write_text(json.dumps(summary, indent=1))
+        partial.write_text(json.dumps(content, indent=1))
     return file
+
+
+def print_evaluation(evaluated: dict[str, Any], config: Config) -> None:
+    """Print what `mica-ds evaluate` found. Local, on one rank."""
+    rows = _scores(evaluated)
+    for suite, marks in evaluated["suites"].items():
+        for mark, found in marks.items():
+            interval = found.get("interval_after")
+            rows += _share(f"{suite} ({mark})", found.get("before"), found["after"], interval, found.get("change"))
+    _print(f"{evaluated['checkpoint'] or 'base model'} of {config.model.path.name}", rows)
 
 
 def print_summary(summary: dict[str, Any], config: Config) -> None:
     """Print the closing table. Local, on one rank."""
-    table = Table(title=f"{config.adapter.method} on {config.model.path.name}", show_header=False)
-    for label, value in _rows(summary, config):
-        table.add_row(label, value)
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
+    _print(f"{config.adapter.method} on {config.model.path.name}", _rows(summary, config))
     # Outside the table, in one piece, to be copied.
     print(f"MLflow's pages:  {pages_command(config.tracking.uri)}", flush=True)
 
 
-def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+def _print(title: str, rows: list[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False)
+    for label, value in rows:
+        table.add_row(label, value)
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+
+
+def _scores(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The measures that were taken, before (where it is known) and after."""
     rows = []
-    if summary["knowledge_after"] is not None:
-        before, after = summary["knowledge_before"], summary["knowledge_after"]
-        rows.append(("knowledge (accuracy)", f"{before:.1%} → {after:.1%}"))
-    if summary["retention_after"] is not None:
-        before, after = summary["retention_before"], summary["retention_after"]
-        rows.append(
-            (
-                "retention (perplexity)",
-                f"{before:.2f} → {after:.2f} (× {after / before:.2f})",
-            )
-        )
+    labels = {
+        "knowledge": "knowledge (accuracy)",
+        "knowledge_normalised": "the same, by likelihood a character",
+        "exact_match": "open questions (exact match)",
+        "f1": "the same, F1 of words",
+    }
+    for measure, label in labels.items():
+        before, after = summary[f"{measure}_before"], summary[f"{measure}_after"]
+        if after is not None:
+            interval, change = summary["intervals"].get(f"{measure}_after"), summary["changes"].get(measure)
+            rows += _share(label, before, after, interval, change)
+    for measure in ("domain", "retention"):
+        before, after = summary[f"{measure}_before"], summary[f"{measure}_after"]
+        if after is not None:
+            change = "" if before is None else f"{before:.2f} → "
+            ratio = "" if before is None else f" (× {after / before:.2f})"
+            rows.append((f"{measure} (perplexity)", f"{change}{after:.2f}{ratio}"))
+    return rows
+
+
+def _share(
+    label: str, before: float | None, after: float, interval: list[float] | None, change: list[float] | None
+) -> list[tuple[str, str]]:
+    """A share with its 95 % interval, and the change over the same questions with its own, in points."""
+    text = f"{after:.1%}" if before is None else f"{before:.1%} → {after:.1%}"
+    if interval:
+        text += " ({:.1f} to {:.1f})".format(*(100 * end for end in interval))
+    if change:
+        text += "; {:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in change))
+    return [(label, text)]
+
+
+def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
+    rows = _scores(summary)
+    if summary["exported_step"] != summary["steps"]:
+        rows.append(("exported", f"step {summary['exported_step']}, the best"))
     share = summary["trainable_parameters"] / summary["lora_trainable_parameters"]
     rows += [
         (

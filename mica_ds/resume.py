@@ -12,16 +12,19 @@ from transformers import TrainingArguments
 from mica_ds import comm
 from mica_ds.adapter import attach_adapter, frozen_factors, restore_adapter
 from mica_ds.basis import Basis
-from mica_ds.checkpoint import read_frozen
+from mica_ds.best import is_out_of_patience, ranked_steps
+from mica_ds.checkpoint import read_frozen, read_history
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import digest
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import fingerprint_model
 from mica_ds.report import SUMMARY
-from mica_ds.shelf import check_origin, find_checkpoint, read_state
+from mica_ds.scores import Scores
+from mica_ds.shelf import check_origin, find_best, find_checkpoint, read_state
 
 _WEIGHTS = "model.path (fingerprint of its weights)"
+_SCORED = "evaluate (SHA-256 of its questions and text)"
 
 
 def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator: Evaluator) -> dict[str, Any]:
@@ -33,7 +36,7 @@ def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator
         "train.seed": args.seed,
         "train.data_seed": args.data_seed,
         "data (SHA-256 of its tokens)": digest(dataset),
-        "evaluate (SHA-256 of its questions and text)": evaluator.digest,  # scores before and after are of the same
+        _SCORED: evaluator.digest,  # scores before and after are of the same
     }
 
 
@@ -57,20 +60,34 @@ def fingerprints(origin: dict[str, Any], basis: Basis | None) -> dict[str, str]:
     return {**found, "fingerprint.basis": basis.manifest["fingerprint"]} if basis else found
 
 
-def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, and its step; None and -1 for a new run. Collective."""
+def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int, bool]:
+    """The checkpoint to go on from, its step, and whether that is the end; None and -1 for a new run. Collective."""
     if config.resume == "never":
-        return None, -1
+        return None, -1, False
     chosen = config.resume if isinstance(config.resume, Path) else None
     checkpoint = find_checkpoint(config.output_dir / "checkpoints", chosen)
     if checkpoint is None:
-        return None, -1
+        return None, -1, False
     with comm.failing_together():
         check_origin(checkpoint, origin)
         step = read_state(checkpoint)["step"]
-    if step < steps:
+        is_over = step >= steps or is_out_of_patience(read_history(checkpoint), config.evaluate)
+    if not is_over:
         comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
-    return checkpoint, step
+    return checkpoint, step, is_over
+
+
+def exported_checkpoint(config: Config, last: Path, history: list[dict[str, float]]) -> Path:
+    """The last checkpoint, or with checkpoint.export=best that of the best evaluated step. Collective."""
+    if config.checkpoint.export == "last":
+        return last
+    return find_best(last.parent, ranked_steps(history, config.evaluate)) or last
+
+
+def scores_before(checkpoint: Path, evaluator: Evaluator) -> Scores | None:
+    """The base model's, as a run's checkpoint holds them; None where they are of other questions or text. Local."""
+    state = read_state(checkpoint)
+    return Scores(**state["run"]["before"]) if state["origin"][_SCORED] == evaluator.digest else None
 
 
 def is_complete(config: Config, step: int) -> bool:

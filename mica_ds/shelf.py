@@ -38,14 +38,28 @@ def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
                 raise UserError(f"resume: {fault}")
             found = chosen
         elif comm.is_main():
-            for checkpoint in reversed(_all(folder)):
-                if not (fault := _fault(checkpoint)):
-                    found = checkpoint
-                    break
-                comm.say(f"warning: {fault}; the checkpoint before it is used")
+            found = _first_whole(list(reversed(_all(folder))), "the checkpoint before it")
             if found is None and _all(folder):
                 raise UserError(f"none of the checkpoints in {folder} is whole; resume=never begins again without them")
     return comm.gather(found)[0]
+
+
+def find_best(folder: Path, ranked: list[int]) -> Path | None:
+    """The undamaged checkpoint of the first of these steps that has one; None where none has. Collective."""
+    found = None
+    with comm.failing_together():
+        if comm.is_main():
+            stored = {step_of(checkpoint): checkpoint for checkpoint in _all(folder)}
+            found = _first_whole([stored[step] for step in ranked if step in stored], "the next best one")
+    return comm.gather(found)[0]
+
+
+def _first_whole(checkpoints: list[Path], instead: str) -> Path | None:
+    for checkpoint in checkpoints:
+        if not (fault := _fault(checkpoint)):
+            return checkpoint
+        comm.say(f"warning: {fault}; {instead} is used")
+    return None
 
 
 def check_origin(checkpoint: Path, origin: dict[str, Any]) -> None:
@@ -67,16 +81,17 @@ def remove_checkpoints(folder: Path, after: int) -> None:
     for partial in folder.glob(f"*{_PARTIAL}"):
         shutil.rmtree(partial)
     for checkpoint in _all(folder):
-        if _step(checkpoint) > after:
+        if step_of(checkpoint) > after:
             _remove(checkpoint)
 
 
 def _all(folder: Path) -> list[Path]:
     """The checkpoints in a folder, the oldest first."""
-    return sorted((c for c in folder.glob("step-*") if c.name.removeprefix("step-").isdigit()), key=_step)
+    return sorted((c for c in folder.glob("step-*") if c.name.removeprefix("step-").isdigit()), key=step_of)
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's name tells. Local."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -99,10 +114,14 @@ def _fault(checkpoint: Path) -> str | None:
     return None
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest so many and the one with the lowest loss. Local, on one rank."""
+def rotate(folder: Path, keep: int, ranked: list[int]) -> None:
+    """Remove all checkpoints but the newest so many and the best. Local, on one rank.
+
+    The best is that of the first of the `ranked` steps which has one, or else the one with the lowest loss.
+    """
     checkpoints = _all(folder)
-    best = min(checkpoints, key=_loss)
+    stored = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}
+    best = next((stored[step] for step in ranked if step in stored), min(checkpoints, key=_loss))
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
             _remove(checkpoint)

@@ -19,13 +19,15 @@ from transformers import (
 from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm, signals
+from mica_ds.best import is_out_of_patience, ranked_steps
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.errors import UserError
-from mica_ds.evaluate import Evaluator, Scores
+from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
+from mica_ds.scores import Scores, is_scored, write_rows
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
@@ -96,7 +98,7 @@ def _arguments(config: Config) -> dict[str, Any]:
 
 
 class RunCallback(TrainerCallback):
-    """Evaluates before the first step, logs to the tracker, times and counts the steps, and heeds signals."""
+    """Evaluates before the first step and when it is due, logs to the tracker, times the steps, and heeds signals."""
 
     def __init__(
         self,
@@ -108,12 +110,15 @@ class RunCallback(TrainerCallback):
         facts: dict[str, Any],
     ) -> None:
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
-        self._max_skipped, self._every = config.checkpoint.max_skipped, config.evaluate.every
+        self._max_skipped, self._settings = config.checkpoint.max_skipped, config.evaluate
+        self._folder, self._exports_best = config.output_dir, config.checkpoint.export == "best"
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
         self._random_state_of: Path | None = None
         self.is_preempted = False
         """Whether the run has stopped at a signal, with a checkpoint."""
+        self.scores: tuple[int, Scores] | None = None
+        """The last evaluation, and its step."""
 
     def resume(self, checkpoint: Path) -> None:
         """Go on with what an earlier start has found. Local, before training."""
@@ -127,18 +132,38 @@ class RunCallback(TrainerCallback):
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if "knowledge_before" not in self._facts:
+        if "before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
-            before = self._score(state)
-            self._facts |= {"knowledge_before": before.knowledge, "retention_before": before.retention}
+            self._score(state, control)
+            assert self.scores
+            self._facts["before"] = self.scores[1].as_dict()
+        elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
+            # A signal came first. Where this was the last of evaluate.patience, transformers stops after one more step.
+            self._score(state, control)
         signals.defer(True)
         self._started = time.perf_counter()
 
-    def _score(self, state: TrainerState) -> Scores:
-        scores = self._evaluator.score(self._trainer.model_wrapped)
-        self._tracker.metrics(scores.found(), state.global_step)
-        state.log_history.append({**scores.found(), "step": state.global_step})
-        return scores
+    def _is_due(self, state: TrainerState) -> bool:
+        """The last step is, too: which was the best shall be known from its checkpoint."""
+        every, step = self._settings.every, state.global_step
+        return every > 0 and (step % every == 0 or step == state.max_steps)
+
+    def _score(self, state: TrainerState, control: TrainerControl) -> None:
+        step, scores = state.global_step, self._evaluator.score(self._trainer.model_wrapped)
+        self._tracker.metrics(scores.found(), step)
+        state.log_history.append({**scores.found(), "step": step})
+        self.scores = step, scores
+        with comm.failing_together():
+            if comm.is_main():
+                write_rows(scores.rows, self._folder, f"step-{step:06d}" if step else "before")
+        control.should_save |= self.ranked(state)[:1] == [step]
+        if step < state.max_steps and is_out_of_patience(state.log_history, self._settings):
+            control.should_training_stop = True
+            comm.say(f"evaluation: the last {self._settings.patience} were no better than the best: training stops")
+
+    def ranked(self, state: TrainerState) -> list[int]:
+        """The evaluated steps, the best first, where the best one is exported. Local."""
+        return ranked_steps(state.log_history, self._settings) if self._exports_best else []
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -159,14 +184,13 @@ class RunCallback(TrainerCallback):
         self._meter.end_step()
         self._count_skipped(state.global_step)
         self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
+        if self._is_due(state) and not self.is_preempted:
+            started = time.perf_counter()
+            self._score(state, control)
+            self._started += time.perf_counter() - started  # it is not training
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
-        is_due = self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps
-        if is_due and not self.is_preempted:
-            started = time.perf_counter()
-            self._score(state)
-            self._started += time.perf_counter() - started  # it is not training
 
     def _count_skipped(self, step: int) -> None:
         # DeepSpeed (0.19.8) leaves out the update where the norm of all ranks' gradients is not finite, in any dtype.
@@ -270,7 +294,8 @@ class MicaTrainer(Trainer):
         }
         folder = Path(str(self.args.output_dir))
         started = time.perf_counter()
-        self.saved = save_checkpoint(folder, self.model_wrapped, self._frozen, self.state, about, self._keep)
+        ranked = self.run.ranked(self.state)
+        self.saved = save_checkpoint(folder, self.model_wrapped, self._frozen, self.state, about, self._keep, ranked)
         self._saved_step = self.state.global_step
         if comm.is_main():
             size = sum(file.stat().st_size for file in self.saved.iterdir())

@@ -1,0 +1,225 @@
+"""Drafts multiple-choice questions from documents, for a person to correct: a sentence with a gap.
+
+The gap is the sentence's last name or number, so that what stands before it tells most. A name is a run of capitalised
+words that are not also written small; a number's kind is the word that says what it counts. The wrong options are terms
+of the same kind from elsewhere in the documents: those that stand between the same words, then those alike in length.
+Sentences that point out of themselves (It, This, …), or have no three such others, give no question.
+"""
+
+import json
+import math
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mica_ds.data import read_documents, source_files
+from mica_ds.errors import UserError
+
+WRONG = 3  # options besides the right one
+GAP = "____"
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
+_NOT_PROSE = re.compile(r"\s*(#|\||```|~~~|<|\{|=+$|-+$)")
+_ITEM = re.compile(r"\s*([-*+•]|\d+[.)])\s+")
+_WORD = re.compile(r"[^\W_]+(?:['’.,:/-][^\W_]+)*%?")
+_POINTERS = re.compile(
+    r"(it|its|this|that|these|those|they|their|he|his|she|her|such|there|here|then|so)\b", re.IGNORECASE
+)
+_SPELLED = re.compile(r"two|three|four|five|six|seven|eight|nine|ten|eleven|twelve")
+_SMALL = re.compile(r"an?|the|and|or|of|in|on|at|to|for|by|from|with|is|are|was|were|be|as|than|that")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text of a source, and the file it comes from."""
+
+    file: Path
+    text: str
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A name or a number in a sentence."""
+
+    text: str
+    kind: str
+    """Terms of one kind can take each other's place."""
+    start: int
+    stop: int
+
+
+def read_sources(sources: list[Path]) -> list[Document]:
+    """The documents of the config's `data.corpus`, with their files. Local. Raises: UserError."""
+    read_documents(sources, "data.corpus")  # a source that is missing or holds no text is refused as in training
+    files = [file for source in sources for file in source_files(source) if file.stat().st_size]
+    return [Document(file, text) for file in files for text in read_documents([file], "data.corpus")]
+
+
+def draft_questions(documents: list[Document], number: int, seed: int) -> list[dict[str, Any]]:
+    """At most so many questions, from all documents alike; the same for the same seed. Local.
+
+    Rows as `evaluate.questions` takes them, with `source` and `sentence` for the person that corrects them.
+    """
+    chance = random.Random(seed)
+    sentences = [(document.file, sentence) for document in documents for sentence in _sentences(document)]
+    written_small = {word for _, sentence in sentences for word in _words(sentence) if word.islower()}
+    found = [(file, sentence, list(_terms(sentence, written_small))) for file, sentence in sentences]
+    contexts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for _, sentence, terms in found:
+        for term in terms:
+            contexts[term.kind, term.text].update(_neighbours(sentence, term))
+    by_kind: dict[str, list[str]] = defaultdict(list)
+    for kind, text in contexts:
+        by_kind[kind].append(text)
+    drafts: dict[Path, list[dict[str, Any]]] = defaultdict(list)
+    taken = set()
+    chance.shuffle(found)
+    for file, sentence, terms in found:
+        if not terms or sentence in taken or _POINTERS.match(sentence):
+            continue
+        term = terms[-1]
+        others = [text for text in by_kind[term.kind] if not _overlap(text, term.text) and text not in sentence]
+        if len(others) < WRONG:
+            continue
+        own = contexts[term.kind, term.text]
+
+        def unlikeness(text: str, term: _Term = term, own: Counter[str] = own) -> tuple[int, int, str]:
+            shared = (own & contexts[term.kind, text]).total()
+            return -shared, abs(len(text) - len(term.text)), text
+
+        options = [term.text, *sorted(others, key=unlikeness)[:WRONG]]
+        chance.shuffle(options)
+        taken.add(sentence)
+        drafts[file].append(
+            {
+                "question": f"What belongs in the gap? {sentence[: term.start]}{GAP}{sentence[term.stop :]}",
+                "options": options,
+                "answer": options.index(term.text),
+                "source": str(file),
+                "sentence": sentence,
+            }
+        )
+    return _taking_turns([drafts[file] for file in sorted(drafts)])[:number]
+
+
+def most_open(drafts: list[dict[str, Any]], losses: list[list[float]], number: int) -> list[dict[str, Any]]:
+    """The drafts between whose options a model is least certain, whether it is right or wrong, in their order. Local.
+
+    Keeping what it gets wrong instead would make any later training look good. `losses` (nats): of each option.
+    """
+    likeliest = [1 / sum(math.exp(min(row) - loss) for loss in row) for row in losses]  # the chance of the best option
+    ranked = sorted(range(len(drafts)), key=lambda i: likeliest[i])[:number]
+    return [drafts[i] for i in sorted(ranked)]
+
+
+def without_sentences(documents: list[Document], drafts: list[dict[str, Any]]) -> list[str]:
+    """The documents' texts without the sentences that are asked for. Local."""
+    asked = sorted({draft["sentence"] for draft in drafts}, key=len, reverse=True)
+    patterns = [re.compile(r"\s+".join(map(re.escape, sentence.split())) + r"[ \t]*") for sentence in asked]
+    texts = []
+    for document in documents:
+        text = document.text
+        for pattern in patterns:
+            text = pattern.sub("", text)
+        texts.append(text)
+    return texts
+
+
+def check_absent(file: Path) -> None:
+    """Refuse to write over a file. Local. Raises: UserError."""
+    if file.exists():
+        raise UserError(f"{file} exists, perhaps with a person's corrections: name another, or remove it")
+
+
+def write_jsonl(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write a file, whole or not at all. Local, on one rank. Raises: UserError."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def _sentences(document: Document) -> Iterator[str]:
+    """Whole sentences of prose, 5 to 50 words each; a line's end within a paragraph ends none."""
+    for block in re.split(r"\n\s*\n", document.text):
+        lines: list[str] = []
+        for line in block.splitlines():
+            item = _ITEM.match(line)
+            if _NOT_PROSE.match(line):
+                lines.append("\n")
+            else:
+                lines += ["\n", line[item.end() :].strip()] if item else [line.strip()]
+        for part in " ".join(lines).split("\n"):
+            for sentence in _SENTENCE_END.split(part.strip()):
+                sentence = " ".join(sentence.split())
+                if sentence.endswith((".", "!")) and 5 <= len(_words(sentence)) <= 50:
+                    yield sentence
+
+
+def _words(sentence: str) -> list[str]:
+    return _WORD.findall(sentence)
+
+
+def _terms(sentence: str, written_small: set[str]) -> Iterator[_Term]:
+    """The names and numbers of a sentence, from left to right."""
+    words = list(_WORD.finditer(sentence))
+    place = 0
+    while place < len(words):
+        word = words[place][0]
+        if word[0].isdigit() or _SPELLED.fullmatch(word):
+            yield _Term(word, _number_kind(words, place), *words[place].span())
+        elif _is_name(word, written_small):
+            last = place
+            while (
+                last + 1 < len(words)
+                and _is_name(words[last + 1][0], written_small)
+                and sentence[words[last].end() : words[last + 1].start()] == " "
+            ):
+                last += 1
+            start, stop = words[place].start(), words[last].end()
+            yield _Term(sentence[start:stop], f"name of {last - place + 1}", start, stop)
+            place = last
+        place += 1
+
+
+def _is_name(word: str, written_small: set[str]) -> bool:
+    return word[0].isupper() and len(word) > 1 and word.lower() not in written_small
+
+
+def _number_kind(words: list[re.Match[str]], place: int) -> str:
+    """What a number counts: the word after it, or before it; of four digits alone a year."""
+    word = words[place][0]
+    if re.fullmatch(r"1\d{3}|20\d{2}", word):
+        return "year"
+    form = "spelled" if _SPELLED.fullmatch(word) else "digits"
+    for neighbour in (place + 1, place - 1):
+        if 0 <= neighbour < len(words) and words[neighbour][0].isalpha():
+            counted = words[neighbour][0].lower()
+            if not _SMALL.fullmatch(counted):
+                return f"{form} {counted}"
+    return f"{form} {len(word)}"
+
+
+def _neighbours(sentence: str, term: _Term) -> list[str]:
+    """What says where a term stands: the word before it, the word after it, and both."""
+    before, after = _words(sentence[: term.start])[-1:], _words(sentence[term.stop :])[:1]
+    left, right = (before or ["^"])[0].lower(), (after or ["$"])[0].lower()
+    return [f"{left} _", f"_ {right}", f"{left} _ {right}"]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return not set(one.lower().split()).isdisjoint(other.lower().split())
+
+
+def _taking_turns(lists: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The first of each list, then the second of each, and so on."""
+    longest = max(map(len, lists), default=0)
+    return [rows[turn] for turn in range(longest) for rows in lists if turn < len(rows)]
