@@ -1,25 +1,30 @@
 """Studies: what is refused as unfair, the choice of a rate, the comparison, and a whole one, killed and resumed."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
+import torch.distributed as dist
 import yaml
 from mlflow import MlflowClient
 from scipy.stats import binom
 
+from mica_ds import comm
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
-from mica_ds.arms import StudySettings, load_study, sweep, trials
+from mica_ds.arms import Run, StudySettings, check_folder, load_study, sweep, trials
+from mica_ds.crew import carry_out
 from mica_ds.errors import UserError
 from mica_ds.findings import Result, choices, choose, compare, read_results, standings, write_results
 from mica_ds.journal import Reader
@@ -69,6 +74,13 @@ def study_file(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[...
 @pytest.fixture
 def study(study_file: Callable[..., Path]) -> StudySettings:
     return load_study(study_file())
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    comm.start_alone()
+    yield
+    dist.destroy_process_group()
 
 
 def test_runs_differ_in_arm_rate_and_seed_alone(study_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -235,6 +247,47 @@ def test_a_study_under_a_launcher_is_refused(study: StudySettings, monkeypatch: 
     assert not study.output_dir.exists()
 
 
+def test_a_run_that_outlived_its_study_is_waited_for_and_not_started_twice(
+    study: StudySettings, alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sweep(study)[0]
+    run.folder.mkdir(parents=True)
+    summary, codes = run.folder / "summary.json", list[int]()
+    held = (run.folder / "study.lock").open("w")  # as the run's command does, as long as it lives
+    fcntl.flock(held, fcntl.LOCK_EX)
+    ending = threading.Timer(1.5, lambda: (summary.touch(), held.close()))
+    ending.start()
+    carry_out(study, [run], "parent", lambda _: summary.exists(), lambda _, code: codes.append(code))
+    assert codes == [0]
+    assert not (run.folder / "study.log").exists()
+    assert f"study: {run} still goes on from an earlier start; waiting for it" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_the_runs_that_go_on(study_file: Callable[..., Path], alone: None) -> None:
+    study = load_study(study_file(launch=STOPPING))
+    failing, sleeping, third = sweep(study)[:3]
+    log, codes = sleeping.folder / "study.log", dict[Run, int]()
+
+    def is_finished(run: Run) -> bool:
+        if run == third:  # when the first has failed, and the second goes on
+            while not log.read_text().endswith("\n"):
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(study, sweep(study), "parent", is_finished, codes.__setitem__)
+    assert codes == {failing: 3}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_a_launcher_that_is_missing_is_named(study_file: Callable[..., Path], alone: None) -> None:
+    study = load_study(study_file(launch=["sbotch", "--wait"]))
+    with pytest.raises(UserError, match="launch: sbotch cannot be started: No such file or directory"):
+        carry_out(study, sweep(study), "parent", lambda _: False, lambda *_: None)
+
+
 @pytest.mark.dist
 def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
     study_file: Callable[..., Path], tmp_path: Path
@@ -284,8 +337,9 @@ def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
     for name in (TABLE, ACCOUNT, *PLOTS):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
 
+    changed = load_study(study_file(settings={"train.max_steps": 3}))
     with pytest.raises(UserError, match=r"was made with train.max_steps=2, and the study has 3"):
-        _check_folders(load_study(study_file(settings={"train.max_steps": 3})))
+        check_folder(changed, sweep(changed)[0])
 
 
 def test_a_signal_ends_the_runs_and_failures_are_named(study_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -304,13 +358,6 @@ def test_a_signal_ends_the_runs_and_failures_are_named(study_file: Callable[...,
     assert failed.codes == [2]
     assert failed.output.count("failed: it has said nothing") == 4
     assert "error: 4 runs failed, as said above; the same command tries them again" in failed.output
-
-
-def _check_folders(study: StudySettings) -> None:
-    from mica_ds.arms import check_folder
-
-    for run in sweep(study):
-        check_folder(study, run)
 
 
 def _start_study(file: Path, log: Path) -> subprocess.Popen[bytes]:
