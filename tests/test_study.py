@@ -290,7 +290,7 @@ def test_a_launcher_that_is_missing_is_named(study_file: Callable[..., Path], al
 
 @pytest.mark.dist
 def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
-    study_file: Callable[..., Path], tmp_path: Path
+    study_file: Callable[..., Path], tmp_path: Path, alone: None
 ) -> None:
     folder = tmp_path / "study"
     first = _start_study(study_file(launch=FAILING), tmp_path / "first.log")
@@ -342,22 +342,30 @@ def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
         check_folder(changed, sweep(changed)[0])
 
 
-def test_a_signal_ends_the_runs_and_failures_are_named(study_file: Callable[..., Path], tmp_path: Path) -> None:
-    file = study_file(launch=STOPPING)
-    process = _start_study(file, tmp_path / "study.log")
+def test_runs_that_fail_are_named_and_the_others_go_on(
+    study_file: Callable[..., Path], alone: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = load_study(study_file(launch=[*FAILING[:3], "-", "false"]))
+    with pytest.raises(UserError, match=r"4 runs failed, as said above; the same command tries them again"):
+        conduct(study)
+    said = capsys.readouterr().out
+    for run in sweep(study):
+        reason = "no luck today" if run.learning_rate == 5e-4 else "it has said nothing"
+        assert f"{run} failed: {reason} ({run.folder}/study.log)" in said
+    assert [line["status"] for line in Reader(study.output_dir).read() if line and line["kind"] == "end"] == ["FAILED"]
+    assert read_results(study.output_dir / RESULTS) == []
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_study_and_its_runs(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    process = _start_study(study_file(launch=STOPPING), tmp_path / "study.log")
     sleeper = tmp_path / "study/mica/lr-0.01/seed-1/study.log"
     _wait_for(lambda: sleeper.exists() and sleeper.read_text().endswith("\n"), process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == os.EX_TEMPFAIL
+    assert process.wait(60) == os.EX_TEMPFAIL
     with pytest.raises(ProcessLookupError):
         os.kill(int(sleeper.read_text()), 0)
-    said = (tmp_path / "study.log").read_text()
-    assert "seed 1 failed: no luck today" in said
-    assert "stopped by SIGTERM; start again to go on" in said
-    failed = start([sys.executable, "-m", "mica_ds", "study", str(study_file(launch=["false"]))])
-    assert failed.codes == [2]
-    assert failed.output.count("failed: it has said nothing") == 4
-    assert "error: 4 runs failed, as said above; the same command tries them again" in failed.output
+    assert "stopped by SIGTERM; start again to go on" in (tmp_path / "study.log").read_text()
 
 
 def _start_study(file: Path, log: Path) -> subprocess.Popen[bytes]:
