@@ -228,8 +228,8 @@ def refuse_elsewhere(folder: Path) -> None:
     may_go_on = last and last["kind"] == "start" and age < SILENCE
     if last and may_go_on and not (last["boot"] == _boot() and reader.has_locks()):
         raise UserError(
-            f"{folder} belongs to a run that went on on {last['host']} {age:.0f} s ago and sends its journal from "
-            f"there; if it was killed since, try again in {SILENCE - age:.0f} s"
+            f"{folder} belongs to a run that was alive on {last['host']} {age:.0f} s ago, and sends its journal from "
+            f"there; if it has been killed since, try again in {SILENCE - age:.0f} s"
         )
     reader.close()
 

@@ -12,7 +12,7 @@ from mica_ds.about import about
 from mica_ds.config import TrackingSettings, flatten
 from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
-from mica_ds.journal import Journal
+from mica_ds.journal import JOURNAL, Journal
 from mica_ds.sender import GRACE
 from mica_ds.signals import EXIT_CODE
 from mica_ds.stores import SQLITE, check_folder, resolve_uri
@@ -46,17 +46,16 @@ class Tracker:
         self, settings: TrackingSettings, parameters: dict[str, Any], begins_anew: bool, hosts: list[str]
     ) -> None:
         try:
+            check_folder(self._uri)
+        except UserError as error:
+            if begins_anew or not (self._folder / JOURNAL).exists():
+                raise
+            comm.say(f"warning: {error}")  # a run that was requeued does not end for it
+        try:
             self._journal = Journal(self._folder)
         except BlockingIOError:
             raise UserError(f"output_dir: {self._folder} belongs to a run that still goes on; choose another") from None
-        is_new = begins_anew or self._journal.run is None
-        try:
-            check_folder(self._uri)
-        except UserError as error:
-            if is_new:
-                raise
-            comm.say(f"warning: {error}")  # a run that was requeued does not end for it
-        if is_new:
+        if begins_anew or self._journal.run is None:
             self._journal.begin(name=self._folder.name, experiment=settings.experiment, parent=settings.parent)
         if not self._journal.params:
             self._journal.write("params", values=parameters)

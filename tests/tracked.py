@@ -2,7 +2,7 @@
 
 Arguments: the config, the number of steps, the seconds of each; a file `enough` beside the config ends it earlier.
 Prints the share of a step that tracking took (the median and the highest), the seconds that the end took, and the
-addresses that Python has connected to.
+id of the run and the addresses that Python has connected to.
 """
 
 import json
@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -47,8 +48,13 @@ def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
         if config.tracking.register_as:
             tracker.register(config.tracking.register_as, under="adapter")
         ended = time.perf_counter()
-    found = {"median": statistics.median(shares), "highest": max(shares), "end": time.perf_counter() - ended}
-    print(json.dumps({**found, "connected": connected, "imported": "mlflow" in sys.modules}), flush=True)
+    found: dict[str, Any] = {
+        "median": statistics.median(shares),
+        "highest": max(shares),
+        "end": time.perf_counter() - ended,
+    }
+    found |= {"id": tracker.id, "connected": connected, "imported": "mlflow" in sys.modules}
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """What tracking costs the step of a training.
 
-    python tests/benchmarks/tracking.py [--out FILE.json]
+    python tests/benchmarks/tracking.py [--only calls | logs] [--out FILE.json]
 
 The time inside the tracker's calls over the time of the step, in one run, with an `mlflow server` that is healthy, that
 is down, and that accepts requests and never answers; and the same of MLflow's own client, to the healthy one. Each step
 takes 50 ms, as no real one is shorter, and logs three metrics.
+
+Then the same of all that is done for a log entry, in a real training on two ranks of one thread: SmolLM2-135M, a
+sequence of 256 tokens a rank and step. It gathers from all ranks: waiting for the slower one is in its time.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -18,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from common import ROOT, Row, print_rows, say, write_json
+from common import ROOT, Row, print_rows, run_ranks, say, write_json
 from mlflow.entities import Metric
 
 sys.path.append(str(ROOT))
@@ -26,6 +30,7 @@ from tests.conftest import environment, free_ports, write_config
 from tests.servers import Proxy, Server
 
 STEPS, STEP = 300, 0.05
+RANKS, SKIPPED, TRAINED = 2, 3, 15  # the first steps record the order of modules
 SHARE = 0.02
 
 
@@ -54,44 +59,109 @@ def track_by_mlflow(uri: str) -> float:
     return statistics.median(shares)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="write the figures to this file, too")
-    arguments = parser.parse_args()
+def train(folder: Path) -> None:
+    """One rank of a training, which notes what its steps take, and the log entries among them."""
+    from mica_ds import comm, recipe
+    from mica_ds.config import load_config
+    from mica_ds.trainer import RunCallback
+
+    begun, logging = list[float](), list[float]()
+    on_step_begin, on_log = RunCallback.on_step_begin, RunCallback.on_log
+
+    def note_step(*arguments: Any, **more: Any) -> None:
+        begun.append(time.perf_counter())
+        on_step_begin(*arguments, **more)
+
+    def time_log(*arguments: Any, **more: Any) -> None:
+        started = time.perf_counter()
+        on_log(*arguments, **more)
+        logging.append(time.perf_counter() - started)
+
+    def work() -> None:
+        recipe.train(load_config(folder / "config.yaml"))
+        steps = [after - before for before, after in itertools.pairwise(begun)]
+        shares = [log / step for log, step in zip(logging, steps, strict=False)][SKIPPED:]  # the last step is not whole
+        found = {"median": statistics.median(shares), "highest": max(shares)}
+        found |= {"step": statistics.median(steps[SKIPPED:]), "log": statistics.median(logging[SKIPPED:])}
+        ranks = comm.gather(found)
+        if comm.is_main():
+            (folder / "found.json").write_text(json.dumps(ranks))
+
+    RunCallback.on_step_begin, RunCallback.on_log = note_step, time_log  # type: ignore[method-assign]
+    comm.run(work)
+
+
+def train_on_ranks(folder: Path, uri: str) -> list[dict[str, float]]:
+    folder.mkdir()
+    write_config(
+        folder,
+        ROOT / "models/smollm2-135m",
+        model={"dtype": "bfloat16"},
+        adapter={"r": 16},
+        data={"sequence_length": 256, "global_batch": RANKS},
+        evaluate={"questions": None, "retention": None},
+        train={"per_device_train_batch_size": 1, "max_steps": TRAINED, "save_steps": 1000},
+        tracking={"uri": uri, "experiment": "training"},
+    )
+    (folder / "corpus.txt").write_text("The Quillmar press was built in Torvane by Edda Brunholt. " * 4000)
+    return run_ranks(__file__, train, folder, RANKS, 1)
+
+
+def measure_calls(folder: Path, server: Server) -> tuple[list[Row], dict[str, Any]]:
+    """The tracker's calls, with the server in each state, and MLflow's own."""
+    proxy = Proxy(server.port)
+    proxy.mode = "hang"
+    stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}", "hanging": proxy.uri}
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        server = Server(folder)
-        proxy = Proxy(server.port)
-        proxy.mode = "hang"
-        stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}", "hanging": proxy.uri}
-        try:
-            for state, uri in stores.items():
-                say(f"a server that is {state} ...")
-                found[state] = track(folder / state, uri)
-            stock = track_by_mlflow(server.uri)
-        finally:
-            proxy.close()
-            server.kill()
+    try:
+        for state, uri in stores.items():
+            say(f"a server that is {state} ...")
+            found[state] = track(folder / state, uri)
+        found["MLflow's client"] = {"median": track_by_mlflow(server.uri)}
+    finally:
+        proxy.close()
     rows = [
-        Row(
-            f"tracking, server {state}",
-            "step",
-            "1 x 1",
-            share["median"] * STEP * 1e3,
-            STEP * 1e3,
-            at_most=SHARE,
-            unit="ms",
-        )
+        Row(name, "step", "1 x 1", share["median"] * STEP * 1e3, STEP * 1e3, at_most=at_most, unit="ms")
         for state, share in found.items()
+        for name, at_most in [(f"tracking, server {state}", SHARE) if state in stores else (state, None)]
     ]
-    rows.append(Row("MLflow's client, server healthy", "step", "1 x 1", stock * STEP * 1e3, STEP * 1e3, unit="ms"))
+    return rows, found
+
+
+def measure_logs(folder: Path, server: Server) -> tuple[list[Row], dict[str, Any]]:
+    """The log entries of a training."""
+    ranks = train_on_ranks(folder / "training", server.uri)
+    sizes = [(part["log"] * 1e3, part["step"] * 1e3) for part in ranks]
+    rows = [
+        Row(f"a log entry, rank {rank}", "training step", "2 x 1", log, step, at_most=SHARE, unit="ms")
+        for rank, (log, step) in enumerate(sizes)
+    ]
+    return rows, {"ranks": ranks}
+
+
+def main() -> None:
+    parts = {"calls": measure_calls, "logs": measure_logs}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=parts, help="the calls of the tracker, or the log entries of a training")
+    parser.add_argument("--out", type=Path, help="write the figures to this file, too")
+    parser.add_argument("--as-rank", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.as_rank:
+        train(Path(arguments.as_rank[1]))
+    rows: list[Row] = []
+    details: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        server = Server(Path(name))
+        try:
+            for part in [arguments.only] if arguments.only else parts:
+                found, details[part] = parts[part](Path(name), server)
+                rows += found
+        finally:
+            server.kill()
     print_rows(rows)
-    for state, share in found.items():
-        median, highest, end = share["median"], share["highest"], share["end"]
-        print(f"server {state}: {median:.2%} of a step, the highest {highest:.2%}; {end:.1f} s at the end")
+    print(json.dumps(details, indent=1))
     if arguments.out:
-        write_json(arguments.out, rows, found)
+        write_json(arguments.out, rows, details)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def train_ours(folder: Path, dtype: str) -> Found:
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     model = load_model(config.model)
     modules = target_modules(model, config.adapter)
-    with Tracker(config) as tracker:
+    with Tracker(config.output_dir, config.tracking, config.model_dump(mode="json")) as tracker:
         if comm.is_main():
             remove_checkpoints(config.output_dir / "checkpoints", after=0)
         basis = build_basis(

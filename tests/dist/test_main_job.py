@@ -107,6 +107,15 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     assert found.data.params["adapter.r"] == "16"
     assert found.data.metrics["knowledge_after"] == summary["knowledge_after"]
     assert found.data.metrics["retention_before"] == summary["retention_before"]
+    costs = {
+        "data_wait_seconds",
+        "checkpoint_seconds",
+        "basis_seconds",
+        "basis_slowest_rank_seconds",
+        "host_peak_bytes",
+    }
+    norms = {f"norm_A/{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert found.data.metrics.keys() >= {"learning_rate", "grad_norm", *costs, *norms}
     top = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     files = {"config.yaml", "zero3-offload-cpu.json", "environment.txt", "summary.json", "report.html"}
     assert top == files | {"loss.png", "scores.png", "spectrum.png", "basis", "adapter"}

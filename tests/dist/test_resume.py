@@ -258,7 +258,7 @@ def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None
     assert json.loads(journal.read_text().splitlines()[-1])["status"] == json.loads(end)["status"] == "FINISHED"
     # A machine that is busy may not send it within the 10 s.
     said = f"warning: tracking: 1 of {len(lines) + 1} lines are not sent to {uri} yet; `mica-ds sync"
-    assert store.get_run(receipts[uri]["run"]).info.status == ("RUNNING" if said in again.output else "FINISHED")
+    assert said in again.output or store.get_run(receipts[uri]["run"]).info.status == "FINISHED"
     shutil.rmtree(other.folder / "adapter")
     completed = other.train(1)
     assert completed.codes == [0], completed.output

@@ -87,6 +87,7 @@ class Site:
         assert run.info.status == "FINISHED"
         attempts = {key.split(".")[1]: value for key, value in run.data.tags.items() if key.endswith("slurm.job_id")}
         assert attempts == {str(attempt): job for attempt in range(1, restarts + 2)}
+        assert {run.data.tags[f"attempt.{attempt}.slurm.job_nodelist"] for attempt in attempts} == {"n[1-2]"}
 
 
 @pytest.fixture(scope="module")
