@@ -35,7 +35,7 @@ def test_batches_keep_within_the_tokens_and_lose_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("file", "count"),
-    [("configs/demonstration/questions.jsonl", 72), ("configs/study/debian-history-questions.jsonl", 175)],
+    [("configs/demonstration/questions.jsonl", 72), ("configs/study/debian-history-questions.jsonl", 130)],
 )
 def test_the_shipped_questions_give_no_cue_to_the_answer(file: str, count: int, smollm2: Path) -> None:
     settings = EvaluateSettings(questions=ROOT / file)
