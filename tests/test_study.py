@@ -147,6 +147,21 @@ def test_the_shipped_studies_are_fair(file: Path, monkeypatch: pytest.MonkeyPatc
     assert max(study.learning_rates["full"]) < min(study.learning_rates["lora"])
 
 
+@pytest.mark.parametrize(
+    "results", sorted((ROOT / "configs/study").glob("*/results.jsonl")), ids=lambda file: str(file)
+)
+def test_the_published_tables_come_from_the_committed_results(
+    results: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`configs/study/NAME/` holds what the study `configs/study/NAME.yaml` has come to."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / RESULTS).write_bytes(results.read_bytes())
+    report(load_study(results.parent.with_suffix(".yaml")), tmp_path / RESULTS)
+    for name in (TABLE, ACCOUNT):
+        assert (tmp_path / name).read_text() == (results.parent / name).read_text()
+    assert (tmp_path / TABLE).read_text().split("\n\n")[0] in (ROOT / "README.md").read_text()
+
+
 def test_the_rate_with_most_knowledge_is_chosen_within_the_bound() -> None:
     swept = [
         result(rate=1e-4, right="1000", retention_after=20.0),
