@@ -78,6 +78,11 @@ class Run:
     folder: Path
     overrides: tuple[str, ...]
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the folder holds all: the summary is written last."""
+        return (self.folder / "summary.json").exists()
+
     def __str__(self) -> str:
         return f"{self.arm}, learning rate {self.learning_rate:g}, seed {self.seed}"
 
@@ -126,10 +131,13 @@ def run_config(study: StudySettings, run: Run) -> Config:
 
 def check_folder(study: StudySettings, run: Run) -> None:
     """Refuse a run folder that was made with other settings than the study has now. Local. Raises: UserError."""
-    file = run.folder / "config.yaml"
-    if not file.exists():
-        return
-    made, wanted = (_comparable(config) for config in (load_config(file), run_config(study, run)))
+    try:
+        config = load_config(run.folder / "config.yaml")
+    except UserError:
+        if run.is_finished:
+            raise
+        return  # there is none yet, or a crash has left half of it
+    made, wanted = _comparable(config), _comparable(run_config(study, run))
     for key in sorted(made.keys() | wanted.keys()):
         if made.get(key) != wanted.get(key):
             raise UserError(

@@ -24,7 +24,6 @@ def carry_out(
     study: StudySettings,
     runs: list[Run],
     parent: str,
-    is_finished: Callable[[Run], bool],
     on_end: Callable[[Run, int], None],
 ) -> None:
     """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
@@ -36,7 +35,7 @@ def carry_out(
     try:
         while waiting or going:
             while waiting and len(going) < study.parallel:
-                going.append(_Attempt(study, waiting.pop(0), parent, is_finished))
+                going.append(_Attempt(study, waiting.pop(0), parent))
             for attempt in list(going):
                 code = attempt.poll()
                 if code is not None:
@@ -63,17 +62,11 @@ class _Attempt:
     the study waits for them instead of doing them twice.
     """
 
-    def __init__(
-        self,
-        study: StudySettings,
-        run: Run,
-        parent: str,
-        is_finished: Callable[[Run], bool],
-    ) -> None:
+    def __init__(self, study: StudySettings, run: Run, parent: str) -> None:
         self.run = run
         self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
         self._environment = os.environ | _place(study)
-        self._is_finished, self._is_waiting = is_finished, False
+        self._is_waiting = False
         self._process: subprocess.Popen[bytes] | None = None
         run.folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -87,7 +80,7 @@ class _Attempt:
                     comm.say(f"study: {self.run} still goes on from an earlier start; waiting for it")
                 return None
             try:
-                if self._is_finished(self.run):
+                if self.run.is_finished:
                     return 0
                 self._start()
             finally:

@@ -5,15 +5,17 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
 from mica_ds.files import replacing
 from mica_ds.statistics import mean_interval, paired_interval
 
+Marks = Annotated[str, Field(pattern="^[01]+$")]
 Interval = tuple[float, float, float]
 """A mean and the ends of its 95 % interval."""
 
@@ -34,9 +36,9 @@ class Result:
     chance: float
     retention_before: float
     retention_after: float
-    right_before: str
+    right_before: Marks
     """Of each question, in the order of the file: 1 where it was answered right, else 0."""
-    right_after: str
+    right_after: Marks
 
     @property
     def forgetting(self) -> float:
@@ -96,8 +98,8 @@ def read_results(file: Path) -> list[Result]:
     results = []
     for number, line in enumerate(lines, 1):
         try:
-            results.append(Result(**json.loads(line)))
-        except (ValueError, TypeError):
+            results.append(TypeAdapter(Result).validate_json(line))
+        except ValidationError:
             raise UserError(f"{file}, line {number} is no result of a study's run") from None
     return results
 

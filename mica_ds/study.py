@@ -74,7 +74,7 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
         nonlocal ended
         ended += 1
         place = f"study: [{ended}/{len(runs)}] {run}"
-        if code or not _is_finished(run):
+        if code or not run.is_finished:
             failed.append(run)
             comm.say(f"{place} failed: {last_words(run.folder)} ({run.folder / LOG})")
             return
@@ -85,14 +85,9 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
 
     for run in runs:
         check_folder(study, run)
-    carry_out(study, runs, parent, _is_finished, on_end)
+    carry_out(study, runs, parent, on_end)
     return failed
 
 
-def _is_finished(run: Run) -> bool:
-    """Whether the run folder holds all: the summary is written last."""
-    return (run.folder / "summary.json").exists()
-
-
 def _finished(runs: list[Run]) -> list[Result]:
-    return [read_run(run) for run in runs if _is_finished(run)]
+    return [read_run(run) for run in runs if run.is_finished]
