@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mica_ds import sender
+from mica_ds.arms import load_study
 from mica_ds.config import load_config
 from mica_ds.errors import UserError
 from mica_ds.stores import check_uri, resolve_uri
@@ -100,6 +101,32 @@ def doctor(
 ) -> None:
     """Check everything that a run needs, on all its ranks, without loading a weight."""
     _run("doctor", config, overrides, as_json=as_json)
+
+
+@app.command()
+def study(
+    file: Annotated[
+        Path, typer.Argument(metavar="STUDY.yaml", help="Arms, learning rates, seeds; see configs/study/.")
+    ],
+    overrides: Overrides = None,
+    results: Annotated[
+        Path | None, typer.Option("--report", help="Only make table and plots, from these results: results.jsonl.")
+    ] = None,
+) -> None:
+    """Compare methods fairly: a learning rate swept for each, then several seeds, on the same data and budget."""
+    from mica_ds import comm
+
+    def main() -> None:
+        from mica_ds import study as verb
+
+        with comm.failing_together():
+            settings = load_study(file, overrides)
+        if results:
+            verb.report(settings, results)
+        else:
+            verb.conduct(settings)
+
+    comm.run(main, comm.start_alone)
 
 
 @app.command()

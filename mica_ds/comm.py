@@ -61,6 +61,11 @@ def start() -> None:
     _share_cores()
 
 
+def start_alone() -> None:
+    """Become a group of one for what trains nothing: without DeepSpeed, which compiles ops on a CPU. Local."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
 def require_compiler() -> None:
     """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
     compiler = os.environ.get("CXX", "c++")
@@ -278,7 +283,7 @@ def failing_together() -> Iterator[None]:
     raise agreed from None
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], join: Callable[[], None] = start) -> NoReturn:
     """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
     A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
@@ -287,7 +292,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     code = 0
     signals.watch()
     try:
-        start()
+        join()
         main()
         if _watchdog is not None:
             _watchdog.finish()

@@ -30,6 +30,9 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+Kind = typing.TypeVar("Kind", bound=Section)
+
+
 class ModelSettings(Section):
     path: Path
     """Folder of a transformers checkpoint in safetensors."""
@@ -200,6 +203,16 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 
     Raises: UserError that names the file and the key.
     """
+    config = read_settings(Config, path, overrides)
+    _check_evaluation(path, config)
+    arguments = _check_training_arguments(path, config.train)
+    _check_deepspeed(config.deepspeed)
+    check_uri(config.tracking.uri)
+    return config.model_copy(update={"train": arguments})
+
+
+def read_settings(kind: type[Kind], path: Path, overrides: list[str] | None = None) -> Kind:
+    """A YAML file with `key=value` overrides as settings of a kind, by name and type. Raises: UserError as above."""
     settings = _read_yaml(path)
     for override in overrides or []:
         key, separator, text = override.partition("=")
@@ -208,18 +221,13 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         _set(settings, key, _parse_value(key, text))
     _refuse_secrets(path, settings)
     try:
-        config = Config.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
-    _check_evaluation(path, config)
-    arguments = _check_training_arguments(path, config.train)
-    _check_deepspeed(config.deepspeed)
-    check_uri(config.tracking.uri)
-    return config.model_copy(update={"train": arguments})
+        raise UserError(f"{path}: {_explain(error, kind)}") from None
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved settings as YAML that `load_config` reads back to the same."""
+def save_config(config: Section, path: Path) -> None:
+    """Write the resolved settings as YAML that reads back to the same."""
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
@@ -227,6 +235,14 @@ def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings under which alone a checkpoint means what it says, by their keys."""
     adapter = config.model_dump(mode="json")["adapter"]
     return {"model.dtype": config.model.dtype, **{f"adapter.{key}": value for key, value in adapter.items()}}
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def recomputes_activations(config: Config) -> bool:
@@ -291,7 +307,7 @@ def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
     settings[key] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Section]) -> str:
     """The first problem as one sentence; for an unknown key with the nearest known one."""
     problem = error.errors()[0]
     where = [str(part) for part in problem["loc"][:2]]  # section and key; deeper parts are pydantic's own
@@ -299,7 +315,7 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 2:
         return f"{key}: unknown key {problem['loc'][-1]}{_nearest(str(problem['loc'][-1]), Source.model_fields, [])}"
     if problem["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = kind
         for part in where[:-1]:
             section = section.model_fields[part].annotation
         return f"unknown key {key}{_nearest(where[-1], section.model_fields, where[:-1])}"

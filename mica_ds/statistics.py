@@ -38,3 +38,19 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     added = np.append(differences, [1.0, -1.0])
     centre, half = float(added.mean()), _Z * float(added.std()) / len(added) ** 0.5
     return float(differences.mean()), max(centre - half, -1.0), min(centre + half, 1.0)
+
+
+def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of the questions' scores, and its 95 % interval. Local.
+
+    A score is 0 or 1, or a mean of such over several seeds. The interval is Agresti and Coull's: the normal one after
+    two questions answered right and two answered wrong have been added. It is about the choice of questions alone.
+
+    Raises: ValueError without questions, or where a score is outside of 0 to 1.
+    """
+    found = np.array(scores, dtype=np.float64)
+    if not found.size or found.min() < 0 or found.max() > 1:
+        raise ValueError("scores must be one or more, from 0 to 1")
+    added = np.append(found, [1.0, 1.0, 0.0, 0.0])
+    centre, half = float(added.mean()), _Z * float(added.std()) / len(added) ** 0.5
+    return float(found.mean()), max(centre - half, 0.0), min(centre + half, 1.0)

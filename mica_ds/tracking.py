@@ -9,7 +9,7 @@ from typing import Any
 
 from mica_ds import comm
 from mica_ds.about import about
-from mica_ds.config import TrackingSettings
+from mica_ds.config import TrackingSettings, flatten
 from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
 from mica_ds.journal import JOURNAL, Journal
@@ -38,7 +38,7 @@ class Tracker:
         hosts = comm.gather(socket.gethostname())
         with comm.failing_together():
             if comm.is_main():
-                self._open(settings, _flatten(parameters), begins_anew, hosts)
+                self._open(settings, flatten(parameters), begins_anew, hosts)
         self.id: str = comm.gather(self._journal.run if comm.is_main() else None)[0]
         """Of the journal's run: what its children name as `tracking.parent`, before any store has the run."""
 
@@ -162,10 +162,3 @@ def _close(journal: Journal, sender: "subprocess.Popen[bytes] | None", folder: P
 def pages_command(uri: str) -> str:
     """The command that opens MLflow's pages on a store."""
     return f"mlflow server --backend-store-uri {uri}" if uri.startswith(SQLITE) else f"open {uri}"
-
-
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -1,0 +1,143 @@
+"""A study's runs as processes: several at once, each with a log, and ended together."""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from mica_ds import comm
+from mica_ds.arms import Run, StudySettings
+from mica_ds.errors import UserError
+
+LOG = "study.log"
+_LOCK = "study.lock"
+_GRACE = 60.0  # seconds for a checkpoint, after which a run that was told to stop is killed
+_PAUSE = 0.2  # seconds between two looks at the runs
+
+
+def carry_out(
+    study: StudySettings,
+    runs: list[Run],
+    parent: str,
+    on_end: Callable[[Run, int], None],
+) -> None:
+    """Have all runs done that are not finished, `study.parallel` at a time; an exception ends those that go on. Local.
+
+    `parent` is what they name as `tracking.parent`; `on_end` is told of each run and its exit code, 0 where it was
+    finished before.
+    """
+    waiting, going = list(runs), list[_Attempt]()
+    try:
+        while waiting or going:
+            while waiting and len(going) < study.parallel:
+                going.append(_Attempt(study, waiting.pop(0), parent))
+            for attempt in list(going):
+                code = attempt.poll()
+                if code is not None:
+                    going.remove(attempt)
+                    on_end(attempt.run, code)
+            time.sleep(_PAUSE if going else 0)
+    except BaseException:
+        for attempt in going:
+            attempt.signal(signal.SIGTERM)  # to all its processes: the ranks save a checkpoint
+        try:
+            deadline = time.monotonic() + _GRACE
+            while any(attempt.signal(0) for attempt in going) and time.monotonic() < deadline:
+                time.sleep(_PAUSE)
+        finally:  # what does not end, or at a second interrupt
+            for attempt in going:
+                attempt.signal(signal.SIGKILL)
+        raise
+
+
+class _Attempt:
+    """One start of one run.
+
+    Its command holds a lock as long as it lives: after a study that was killed, its runs go on, and the next start of
+    the study waits for them instead of doing them twice.
+    """
+
+    def __init__(self, study: StudySettings, run: Run, parent: str) -> None:
+        self.run = run
+        self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
+        self._environment = os.environ | _place(study)
+        self._is_waiting = False
+        self._process: subprocess.Popen[bytes] | None = None
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def poll(self) -> int | None:
+        """The exit code, 0 for a run that was finished before; None while it goes on."""
+        if self._process is None:
+            if not _lock(self._file):
+                if not self._is_waiting:
+                    self._is_waiting = True
+                    comm.say(f"study: {self.run} still goes on from an earlier start; waiting for it")
+                return None
+            try:
+                if self.run.is_finished:
+                    return 0
+                self._start()
+            finally:
+                os.close(self._file)
+        assert self._process
+        return self._process.poll()
+
+    def _start(self) -> None:
+        with (self.run.folder / LOG).open("wb") as log:
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a terminal's interrupt is the study's to pass on
+                    pass_fds=[self._file],
+                )
+            except OSError as error:
+                raise UserError(f"launch: {self._command[0]} cannot be started: {error.strerror}") from None
+
+    def signal(self, number: int) -> bool:
+        """Send a signal to every process of the run; whether there was one."""
+        if self._process is None:
+            return False
+        self._process.poll()  # what has ended is no process any more
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)
+            return True
+        return False
+
+
+def _lock(file: int) -> bool:
+    """Take the lock of an open file; False while another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def last_words(folder: Path) -> str:
+    """Why a run has ended, by its log: its error, or else its last line. Local."""
+    text = (folder / LOG).read_text(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it has said nothing"])[-1].removeprefix("error: ")
+
+
+def _place(study: StudySettings) -> dict[str, str]:
+    """Where the ranks of one run meet, and their part of the cores unless the environment has it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = {"MASTER_PORT": str(listener.getsockname()[1])}
+    if study.ranks is None:
+        return place
+    threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
+    return place | {"NUM_RANKS": str(study.ranks), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

@@ -1,0 +1,192 @@
+"""What a study's results say: a row for each run, the choice of learning rates, and how the arms compare."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mica_ds.arms import Run, StudySettings
+from mica_ds.errors import UserError
+from mica_ds.files import replacing
+from mica_ds.statistics import mean_interval, paired_interval
+
+Marks = Annotated[str, Field(pattern="^[01]+$")]
+Interval = tuple[float, float, float]
+"""A mean and the ends of its 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run, as a line of `results.jsonl`; the same names as in its summary."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+    steps: int
+    tokens: int
+    trainable_parameters: int
+    train_seconds: float
+    tokens_per_second: float
+    final_loss: float
+    chance: float
+    retention_before: float
+    retention_after: float
+    right_before: Marks
+    """Of each question, in the order of the file: 1 where it was answered right, else 0."""
+    right_after: Marks
+
+    @property
+    def forgetting(self) -> float:
+        """Perplexity of the held-out text, after to before; infinite where training diverged."""
+        ratio = self.retention_after / self.retention_before
+        return math.inf if math.isnan(ratio) else ratio
+
+    @property
+    def knowledge(self) -> float:
+        """Share of the questions answered right after training."""
+        return self.right_after.count("1") / len(self.right_after)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The learning rate of an arm, and what is to be said about it."""
+
+    learning_rate: float
+    is_within_bound: bool
+    is_at_edge: bool
+    """It is the lowest or the highest of several: a better one may lie outside of what was swept."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An arm's runs of the result, over its seeds."""
+
+    results: list[Result]
+    scores: list[float]
+    """Of each question, the share of the seeds that answered it right."""
+    knowledge: Interval
+    forgetting: float
+    """Geometric mean over the seeds."""
+
+
+def read_run(run: Run) -> Result:
+    """The result of a finished run, from its folder. Local. Raises: UserError without multiple-choice questions."""
+    summary = json.loads((run.folder / "summary.json").read_text())
+    names = {field.name for field in dataclasses.fields(Result)}
+    known: dict[str, Any] = {key: value for key, value in summary.items() if key in names}
+    known |= {f"right_{when}": _right(run.folder / "evaluation" / f"{when}.jsonl") for when in ("before", "after")}
+    return Result(run.arm, run.learning_rate, run.seed, **known)
+
+
+def write_results(results: list[Result], file: Path) -> None:
+    """Write results, one a line, whole or not at all. Local."""
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
+
+
+def read_results(file: Path) -> list[Result]:
+    """Read results. Local. Raises: UserError that names the line."""
+    try:
+        lines = file.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            results.append(TypeAdapter(Result).validate_json(line))
+        except ValidationError:
+            raise UserError(f"{file}, line {number} is no result of a study's run") from None
+    return results
+
+
+def choose(results: list[Result], max_forgetting: float) -> Choice:
+    """The best rate of one arm's sweep: the most knowledge within the bound, else the least forgetting. Local.
+
+    Between equals it is the one that forgets less, and then the lower rate.
+    """
+    within = [result for result in results if result.forgetting <= max_forgetting]
+    best = min(
+        within or results,
+        key=lambda result: (-result.knowledge if within else 0, result.forgetting, result.learning_rate),
+    )
+    rates = sorted(result.learning_rate for result in results)
+    return Choice(best.learning_rate, bool(within), len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]))
+
+
+def choices(study: StudySettings, results: list[Result]) -> dict[str, Choice]:
+    """The choice for each arm whose sweep is complete, in the study's order. Local."""
+    found = {}
+    for arm, rates in study.learning_rates.items():
+        swept = [result for result in results if result.arm == arm and result.seed == study.pick]
+        if {result.learning_rate for result in swept} >= set(rates):
+            found[arm] = choose([result for result in swept if result.learning_rate in rates], study.max_forgetting)
+    return found
+
+
+def standings(study: StudySettings, results: list[Result]) -> dict[str, Standing]:
+    """Each arm's result over the study's seeds at its chosen rate, in the study's order. Local.
+
+    Raises: UserError where a run is missing, or the runs had not the same data and budget.
+    """
+    check_budget(results)
+    chosen = choices(study, results)
+    found = {}
+    for arm in study.arms:
+        rate = chosen[arm].learning_rate if arm in chosen else None
+        mine = {result.seed: result for result in results if result.arm == arm and result.learning_rate == rate}
+        if missing := [seed for seed in study.seeds if seed not in mine]:
+            raise UserError(
+                f"the study is not complete: {arm} has "
+                + (f"no result of seed {missing[0]}" if arm in chosen else f"not all rates of seed {study.pick}")
+            )
+        found[arm] = _standing([mine[seed] for seed in study.seeds])
+    return found
+
+
+def compare(reference: Standing, arm: Standing) -> Interval:
+    """An arm minus another in knowledge, question by question, each question's score averaged over the seeds. Local."""
+    return paired_interval(reference.scores, arm.scores)
+
+
+def check_budget(results: list[Result]) -> None:
+    """Refuse results that had not all the same steps and questions, and for a seed the same tokens. Local.
+
+    Raises: UserError that names two runs that differ.
+    """
+    first: dict[int | None, tuple[Result, tuple[int, ...]]] = {}
+    for result in results:
+        for seed, facts in (
+            (None, (result.steps, len(result.right_before), len(result.right_after))),
+            (result.seed, (result.tokens,)),
+        ):
+            other, theirs = first.setdefault(seed, (result, facts))
+            if facts != theirs:
+                what = "steps and questions" if seed is None else "tokens"
+                raise UserError(
+                    f"not the same data and budget: {_name(other)} had {theirs} {what}, {_name(result)} {facts}"
+                )
+
+
+def _standing(results: list[Result]) -> Standing:
+    answers = np.array([[character == "1" for character in result.right_after] for result in results], dtype=float)
+    scores = answers.mean(axis=0).tolist()
+    logs = [math.log(result.forgetting) for result in results]
+    return Standing(results, scores, mean_interval(scores), math.exp(sum(logs) / len(logs)))
+
+
+def _right(file: Path) -> str:
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    right = "".join("1" if row["right"] else "0" for row in rows if "right" in row)
+    if not right:
+        raise UserError(f"{file} holds no multiple-choice question; a study compares by these")
+    return right
+
+
+def _name(result: Result) -> str:
+    return f"{result.arm} at {result.learning_rate:g} with seed {result.seed}"

@@ -1,0 +1,93 @@
+"""The verb `study`: which learning rate suits each arm, how the arms then compare, and what that supports."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from mica_ds import comm
+from mica_ds.account import TABLE, warnings, write_account
+from mica_ds.arms import Run, StudySettings, check_folder, run_config, sweep, trials
+from mica_ds.config import save_config
+from mica_ds.crew import LOG, carry_out, last_words
+from mica_ds.errors import Preempted, UserError
+from mica_ds.findings import Result, choices, read_results, read_run, standings, write_results
+from mica_ds.tracking import Tracker
+
+RESULTS = "results.jsonl"
+
+
+def report(study: StudySettings, results: Path) -> None:
+    """Make table, words and plots again from results alone, beside them. Local. Raises: UserError."""
+    for path in write_account(study, read_results(results), results.parent):
+        comm.say(f"study: {path}")
+
+
+def conduct(study: StudySettings) -> None:
+    """Sweep each arm's learning rate, run its seeds at the best, and compare.
+
+    What is finished stays, and what was begun goes on. Local. Raises: UserError, also where a run has
+    failed; Preempted at a signal or an interrupt, once all runs have ended.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a study starts its runs by itself: start it without a launcher, and set `launch` and `ranks`")
+    for run in sweep(study):
+        check_folder(study, run)
+    folder, tracking = study.output_dir, run_config(study, sweep(study)[0]).tracking
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(study, folder / "study.yaml")
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+    with Tracker(folder, tracking, study.model_dump(mode="json")) as tracker:
+        tracker.artifact(folder / "study.yaml")
+        try:
+            failed = _carry_out(study, sweep(study), tracker.id)
+            chosen = choices(study, _finished(sweep(study)))
+            for arm, choice in chosen.items():
+                comm.say(f"study: the learning rate of {arm} is {choice.learning_rate:g}")
+            for warning in warnings(study, chosen):
+                comm.say(f"warning: {warning}")
+            final = trials(study, {arm: choice.learning_rate for arm, choice in chosen.items()})
+            failed += _carry_out(study, final, tracker.id)
+        except KeyboardInterrupt as stop:
+            raise stop if isinstance(stop, Preempted) else Preempted("interrupted; start again to go on") from None
+        results = _finished([*sweep(study), *final])
+        write_results(results, folder / RESULTS)
+        tracker.artifact(folder / RESULTS)
+        if failed:
+            raise UserError(f"{len(failed)} runs failed, as said above; the same command tries them again")
+        for path in write_account(study, results, folder):
+            tracker.artifact(path)
+        for arm, standing in standings(study, results).items():
+            found = {"knowledge": standing.knowledge[0], "forgetting": standing.forgetting}
+            tracker.metrics({f"{key}.{arm}": value for key, value in found.items()})
+        comm.say((folder / TABLE).read_text())
+
+
+def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
+    """Have these runs done, and return those that failed."""
+    failed: list[Run] = []
+    started, ended = time.monotonic(), 0
+
+    def on_end(run: Run, code: int) -> None:
+        nonlocal ended
+        ended += 1
+        place = f"study: [{ended}/{len(runs)}] {run}"
+        if code or not run.is_finished:
+            failed.append(run)
+            comm.say(f"{place} failed: {last_words(run.folder)} ({run.folder / LOG})")
+            return
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is exported is all that is still needed
+        result = read_run(run)
+        found = f"{result.knowledge:.1%} right, perplexity × {result.forgetting:.2f}, {result.train_seconds:.0f} s"
+        comm.say(f"{place}: {found} (after {(time.monotonic() - started) / 60:.0f} min)")
+
+    for run in runs:
+        check_folder(study, run)
+    carry_out(study, runs, parent, on_end)
+    return failed
+
+
+def _finished(runs: list[Run]) -> list[Result]:
+    return [read_run(run) for run in runs if run.is_finished]
