@@ -42,8 +42,8 @@ def start() -> None:
     """
     global _group
     _read_environment()
+    _choose_accelerator()
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
         require_compiler()  # DeepSpeed compiles its shared-memory collectives
     _quieten(int(os.environ["RANK"]))
     import deepspeed
@@ -56,6 +56,17 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     _share_cores()
+
+
+def stand_alone() -> None:
+    """Make ready for work on sizes alone, in a process that is no rank and meets none. Local."""
+    _choose_accelerator()
+    _quieten(1)
+
+
+def _choose_accelerator() -> None:
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def require_compiler() -> None:
@@ -228,6 +239,12 @@ def at(stage: str) -> None:
     """Note what the run is at (`step 7`), for what is said of it should it fail. Local."""
     if _watchdog is not None:
         _watchdog.stage = stage
+
+
+def advise(hint: str) -> None:
+    """Say this from now on of a rank that was killed. Local."""
+    if _watchdog is not None:
+        _watchdog.hint = hint
 
 
 def at_abort(act: Callable[[int], None]) -> None:
