@@ -26,8 +26,9 @@ def nearest_fit(config: Config, cluster: Cluster) -> dict[str, Any] | None:
     """The settings to replace so that a run fits, by their keys; none of them fits: None. Local; seconds.
 
     What costs least is tried first, and each is kept while more is tried: fewer tokens at an evaluation, smaller
-    micro-batches, recomputed activations, those offloaded, weights and optimizer offloaded to the host, then to NVMe,
-    shorter sequences, more nodes. Of those that together fit, each goes, or is made milder, if it still fits then.
+    micro-batches, recomputed activations, those offloaded, no second copy of the weights, weights and optimizer on the
+    host, then on NVMe, shorter sequences, more nodes. Of those that together fit, each goes, or is made milder, if it
+    still fits then.
     """
     changes: dict[str, Any] = {}
     tried: dict[str, list[Any]] = {}
@@ -49,9 +50,7 @@ def nearest_fit(config: Config, cluster: Cluster) -> dict[str, Any] | None:
 
 def told(changes: dict[str, Any]) -> str:
     """Changes as they are typed behind a verb and its config. Local."""
-    return " ".join(
-        f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in changes.items()
-    )
+    return " ".join(f"{key}={'true' if value is True else value}" for key, value in changes.items())
 
 
 def verdict(plan: Plan) -> str:
@@ -121,13 +120,18 @@ def replaced(config: Config, cluster: Cluster, changes: dict[str, Any]) -> tuple
 def _candidates(config: Config, cluster: Cluster) -> list[tuple[str, Any]]:
     length = config.data.sequence_length
     found: list[tuple[str, Any]] = []
-    found += [("evaluate.batch_tokens", tokens) for tokens in _halves(config.evaluate.batch_tokens, least=length)]
+    found += [("evaluate.batch_tokens", tokens) for tokens in _halves(config.evaluate.batch_tokens, least=128)]
     rows = config.train.get("per_device_train_batch_size", 1)
     found += [("train.per_device_train_batch_size", fewer) for fewer in _halves(rows, least=1)]
     found.append(("train.activation_checkpointing", True))
     if cluster.gpu_memory:
         found.append(("model.offload_activations", True))
-    for name, is_there in (("zero3-offload-cpu.json", True), ("zero3-offload-nvme.json", cluster.nvme > 0)):
+    has_second_copy = "zero_hpz_partition_size" in read_deepspeed(config)["zero_optimization"]
+    for name, is_there in (
+        ("zero3.json", has_second_copy),
+        ("zero3-offload-cpu.json", True),
+        ("zero3-offload-nvme.json", cluster.nvme > 0),
+    ):
         file = config.deepspeed.with_name(name)
         if is_there and file.is_file() and file != config.deepspeed:
             found.append(("deepspeed", file))

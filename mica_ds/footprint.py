@@ -1,11 +1,14 @@
 """What a micro-batch keeps in memory besides weights: counted, not estimated, by a run on tensors without data.
 
-The model's own code runs forwards and backwards on one and on two layers; torch tells each tensor's shape, and what lies
-between the two runs is a layer's. So recomputation, packing masks, the tiled loss and an architecture's own ways count.
+The model's own code runs forwards and backwards on one layer and on two; torch tells each tensor's shape, and what lies
+between the two runs is a layer's. So recomputation, packing masks, the tiled loss and an architecture's own ways
+count.
 """
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,56 +60,79 @@ def micro_batch(config: Config) -> Batch:
 def count_footprint(model: ModelSettings, adapter: AdapterSettings, batch: Batch) -> Footprint:
     """Count what a micro-batch takes. Local; a second or two, whatever the model's size. Raises: UserError."""
     depth = read_model_config(model.path).get_text_config().num_hidden_layers
-    counted = [_count(model, adapter, batch, layers) for layers in range(1, min(depth, 2) + 1)]
+    counted = [_count_layers(model, adapter, batch, layers) for layers in range(1, min(depth, 2) + 1)]
     more = depth - len(counted)
-    kept, loss, backward = (last + more * (last - first) for first, last in zip(counted[0], counted[-1], strict=True))
-    return Footprint(kept, loss - kept, max(0, backward - kept))
+    kept, backward = (last + more * (last - first) for first, last in zip(counted[0], counted[-1], strict=True))
+    return Footprint(kept, _count_loss(model, adapter, batch) - counted[0][0], max(0, backward - kept))
 
 
-def _count(settings: ModelSettings, adapter: AdapterSettings, batch: Batch, layers: int) -> tuple[int, int, int]:
-    """Bytes kept after the forward, and the peaks of loss and backward, of a model with so many layers."""
-    model = _first_layers(settings, adapter, layers)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _materialise(model)
+def _count_layers(settings: ModelSettings, adapter: AdapterSettings, batch: Batch, layers: int) -> tuple[int, int]:
+    """Bytes that a model with so many layers keeps up to its head, and has at most in the backward from there."""
+    model = _first_layers(settings, adapter, batch, layers)
+    hidden: list[torch.Tensor] = []
+    with _without_data(model):
+
+        def stop(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            hidden.append(inputs[0])
+            raise _AtHeadError
+
+        model.get_output_embeddings().register_forward_pre_hook(stop)
+        with _Live(model) as live:
+            with suppress(_AtHeadError):
+                model(**_inputs(batch), use_cache=False)
+            kept, live.peak = live.now, live.now
+            last = hidden.pop()
+            gradient = torch.empty_like(last)
+            last.backward(gradient)
+    return kept, live.peak
+
+
+def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch) -> int:
+    """Bytes that a model of one layer has at most from its head to its loss, and back."""
+    model = _first_layers(settings, adapter, batch, 1)
+    with _without_data(model):
         is_tiled = tile_loss(model)
-        model.train()
-        if batch.is_recomputed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        live, hidden, kept = _Live([*model.parameters(), *model.buffers()]), [], []
 
-        def at_head(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            if not hidden:
-                hidden.append(inputs[0])
-                kept.append(live.now)
-                live.peak = live.now
+        def begin(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            handle.remove()
+            live.peak = live.now
 
-        model.get_output_embeddings().register_forward_pre_hook(at_head)
-        with live:
+        handle = model.get_output_embeddings().register_forward_pre_hook(begin)
+        with _Live(model) as live:
             loss = model(**_inputs(batch), use_cache=False).loss
-            at_loss, live.peak = live.peak, live.now
-            if is_tiled:  # its own backward looks at a value, which there is none of; it hands on a gradient alone
-                last = hidden.pop()
-                gradient = torch.empty_like(last)
-                last.backward(gradient)
-            else:
+            if not is_tiled:  # the tiled loss makes its gradient in the forward
                 loss.backward()
-    return kept[0], at_loss, live.peak
+    return live.peak
 
 
-def _first_layers(settings: ModelSettings, adapter: AdapterSettings, layers: int) -> Any:
-    """The first layers of the model with its adapter, on the meta device, what trains marked."""
+class _AtHeadError(Exception):
+    """The forward has come to the output head."""
+
+
+def _first_layers(settings: ModelSettings, adapter: AdapterSettings, batch: Batch, layers: int) -> Any:
+    """The first layers of the model with its adapter, as it trains, on the meta device."""
     whole = copy.deepcopy(read_model_config(settings.path))
     text = whole.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole, dtype=DTYPES[settings.dtype], trust_remote_code=False)
-    return adapter_skeleton(model, target_modules(model, adapter), adapter)
+        model: Any = AutoModelForCausalLM.from_config(whole, dtype=DTYPES[settings.dtype], trust_remote_code=False)
+    model = adapter_skeleton(model, target_modules(model, adapter), adapter)
+    if batch.is_recomputed:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
 
 
-def _materialise(model: nn.Module) -> None:
-    """Give a model on the meta device tensors that know they are a host's, but have no data."""
+@contextmanager
+def _without_data(model: nn.Module) -> Iterator[None]:
+    """Let a model on the meta device, and what is made in the body, be on the host, but without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _move(model)
+        yield
+
+
+def _move(model: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -134,11 +160,12 @@ def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed."""
+    """Adds up the storages that operations make, but the model's own, until they are freed."""
 
-    def __init__(self, outside: list[torch.Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._outside = {tensor.untyped_storage()._cdata for tensor in outside}
+        weights = [*model.parameters(), *model.buffers()]
+        self._outside = {tensor.untyped_storage()._cdata for tensor in weights}
         self._sizes: dict[int, int] = {}
         self.now = self.peak = 0
 

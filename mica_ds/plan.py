@@ -144,7 +144,7 @@ def skeleton(config: Config) -> tuple[Any, dict[str, nn.Module], Weights]:
 @functools.cache
 def _skeleton(model_settings: str, adapter_settings: str) -> tuple[Any, dict[str, nn.Module], Weights]:
     adapter = AdapterSettings.model_validate_json(adapter_settings)
-    model = load_skeleton(ModelSettings.model_validate_json(model_settings))
+    model: Any = load_skeleton(ModelSettings.model_validate_json(model_settings))
     modules = target_modules(model, adapter)
     stored = {id(parameter) for parameter in model.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -236,7 +236,7 @@ def _loading(zero: _Zero, weights: Weights) -> list[Part]:
 
 
 def _bases(config: Config, zero: _Zero, matrices: list[Matrix]) -> list[Part]:
-    """The largest solve, and what waits to be sent: the slices of all targets, where they are not in the host's memory."""
+    """The largest solve, and the slices that wait to be sent, where they do not lie on the host already."""
     machine = exchange.Machine(zero.ranks, zero.itemsize, int(zero.cluster.room("host")))
     r, asked = config.adapter.r, config.basis.exchange
     shipped = [m for m in matrices if exchange.choose_route(m, r, machine, asked) == "ship"]
@@ -249,7 +249,7 @@ def _bases(config: Config, zero: _Zero, matrices: list[Matrix]) -> list[Part]:
 
 
 def solve_bytes(matrix: Matrix, r: int, itemsize: int, is_whole: bool) -> int:
-    """What an owner holds on its host to solve one matrix: W, what is factored, and the blocks of the iteration. Local."""
+    """What an owner holds on its host to solve a matrix: W, what is factored, the blocks of the iteration. Local."""
     k, long = min(matrix.shape), max(matrix.shape)
     kind = factor.choose_factor(matrix.shape, r) if is_whole else "gram"
     factored = {"lu": 4, "gram": 8, "eigh": 16}[kind] * k * k
@@ -302,9 +302,11 @@ def _training(config: Config, zero: _Zero, weights: Weights, moment: Moment) -> 
 def _evaluating(config: Config, zero: _Zero, passage: Passage, vocabulary: int) -> list[Part]:
     """Logits of the model's dtype, in fp32, and their log-softmax."""
     logit = zero.itemsize + (4 if zero.itemsize != 4 else 0) + 4
+    # A piece of the held-out text is scored whole, however few tokens are asked for.
+    tokens = max(config.evaluate.batch_tokens, config.data.sequence_length if config.evaluate.retention else 0)
     return [
         Part("live gathered layers", zero.device, passage.evaluating),
-        Part("logits", zero.device, config.evaluate.batch_tokens * vocabulary * logit if _scores(config) else 0),
+        Part("logits", zero.device, tokens * vocabulary * logit if _scores(config) else 0),
         *_scratch(zero),
     ]
 
