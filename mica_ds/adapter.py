@@ -106,22 +106,39 @@ def attach_adapter(
     """
     if adapter.method == "full":
         return model.requires_grad_(True)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        target_modules=_peft_targets(model, modules),
-        init_lora_weights="mica" if basis else True,
-        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in modules.values()),
-    )
-    # No cast of the factors to fp32: DeepSpeed keeps fp32 masters, and activations stay in the compute dtype.
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=basis is not None)
+    peft_model = _with_factors(model, modules, adapter, is_empty=basis is not None)
     if basis is not None:
         _fill(peft_model, modules, adapter.r, basis)
     for parameter in peft_model.parameters():
         if parameter.requires_grad or basis is not None:
             parameter.data = parameter.data.to(model.dtype)  # not `.to(model)`: it would round RoPE's fp32 buffers
     return peft_model
+
+
+def adapter_skeleton(model: PreTrainedModel, modules: dict[str, nn.Module], adapter: AdapterSettings) -> nn.Module:
+    """The same for a model on the meta device: factors without values, and what trains marked. Local."""
+    if adapter.method == "full":
+        return model.requires_grad_(True)
+    peft_model = _with_factors(model, modules, adapter, is_empty=True)
+    for name, parameter in peft_model.named_parameters():
+        parameter.data = parameter.data.to(model.dtype)
+        parameter.requires_grad_("lora_A" in name or ("lora_B" in name and adapter.method == "lora"))
+    return peft_model
+
+
+def _with_factors(
+    model: PreTrainedModel, modules: dict[str, nn.Module], adapter: AdapterSettings, is_empty: bool
+) -> PeftModel:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        target_modules=_peft_targets(model, modules),
+        init_lora_weights="mica" if adapter.method == "mica" else True,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in modules.values()),
+    )
+    # No cast of the factors to fp32: DeepSpeed keeps fp32 masters, and activations stay in the compute dtype.
+    return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
 
 
 def frozen_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, torch.Tensor]:

@@ -208,7 +208,7 @@ def _ask(uri: str) -> None:
 
 def deepspeed_settings(config: Config) -> str:
     """Whether the settings go with this number of ranks, and with how they lie on the nodes."""
-    steps, ranks, rank = accumulation_steps(config), comm.world_size(), comm.rank()
+    steps, ranks, rank = accumulation_steps(config, comm.world_size()), comm.world_size(), comm.rank()
     check_parallelism(config, read_model_config(config.model.path))
     check_packing(config)
     zero = read_deepspeed(config)["zero_optimization"]

@@ -130,6 +130,34 @@ def study(
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs, and so ranks, of each node.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0, help="GiB of each GPU; 0 for ranks on CPUs.")] = 80,
+    host_memory: Annotated[float, typer.Option(min=1, help="GiB of each node.")] = 1024,
+    nvme: Annotated[float, typer.Option(min=0, help="GiB of each node's own disk.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the tables.")] = False,
+) -> None:
+    """Predict from config.json alone what a run takes on a cluster, and what to change where it does not fit."""
+    from mica_ds import comm
+
+    comm.stand_alone()
+    from mica_ds.plan import GIB, Cluster
+    from mica_ds.sheet import print_plan
+
+    memory = (int(GIB * size) for size in (gpu_memory, host_memory, nvme))
+    try:
+        fits = print_plan(load_config(config, overrides), Cluster(nodes, gpus_per_node, *memory), as_json)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if not fits:
+        raise typer.Exit(2)
+
+
+@app.command()
 def sync(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's output_dir.")],
     uri: Annotated[str | None, typer.Option(help="Another store than the run's own.")] = None,

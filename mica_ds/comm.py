@@ -42,8 +42,8 @@ def start() -> None:
     """
     global _group
     _read_environment()
+    _choose_accelerator()
     if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
         require_compiler()  # DeepSpeed compiles its shared-memory collectives
     # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.
     sys.modules["mlflow"] = None  # type: ignore[assignment]
@@ -64,6 +64,17 @@ def start() -> None:
 def start_alone() -> None:
     """Become a group of one for what trains nothing: without DeepSpeed, which compiles ops on a CPU. Local."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def stand_alone() -> None:
+    """Make ready for work on sizes alone, in a process that is no rank and meets none. Local."""
+    _choose_accelerator()
+    _quieten(1)
+
+
+def _choose_accelerator() -> None:
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def require_compiler() -> None:
@@ -236,6 +247,12 @@ def at(stage: str) -> None:
     """Note what the run is at (`step 7`), for what is said of it should it fail. Local."""
     if _watchdog is not None:
         _watchdog.stage = stage
+
+
+def advise(hint: str) -> None:
+    """Say this from now on of a rank that was killed. Local."""
+    if _watchdog is not None:
+        _watchdog.hint = hint
 
 
 def at_abort(act: Callable[[int], None]) -> None:

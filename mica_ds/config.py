@@ -164,6 +164,8 @@ class Config(Section):
     """The run folder."""
     resume: Literal["auto", "never"] | Path = "auto"
     """Go on from the run folder's newest good checkpoint if there is one, begin again, or go on from this one."""
+    capacity: Literal["refuse", "warn"] = "refuse"
+    """What `train` does where its plan says that the run does not fit these machines."""
     patience: PositiveFloat = 300
     """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 

@@ -1,6 +1,8 @@
 """Out of memory: what to change, from the sizes at hand."""
 
+import ctypes
 import errno
+import gc
 import re
 import socket
 import traceback
@@ -15,6 +17,7 @@ from mica_ds.config import Config, recomputes_activations
 from mica_ds.errors import UserError
 
 _GIB = 1 << 30
+_activations = 0  # bytes of a micro-batch, once they are counted
 _PHASES = {  # the first of these modules on the stack says what the memory was for
     "mica_ds.evaluate": "evaluating",
     "mica_ds.checkpoint": "writing a checkpoint",
@@ -42,6 +45,12 @@ def explained(config: Config) -> Iterator[None]:
         raise UserError(f"{where} ran out of memory while {phase}{asked}: {_advice(config, phase)}") from None
 
 
+def note_activations(size: int) -> None:
+    """What a micro-batch keeps, in bytes, for what is said where memory runs out. Local."""
+    global _activations
+    _activations = size
+
+
 def hint(config: Config) -> str:
     """What to do about a rank that was killed, should it have been for its memory. Local."""
     try:
@@ -49,6 +58,12 @@ def hint(config: Config) -> str:
     except (OSError, ValueError, AttributeError):
         return ""  # a model that cannot be read is reported where it is loaded
     return f"If the kernel killed it for lack of memory (see dmesg): {advice}."
+
+
+def trim() -> None:
+    """Give back to the system what has been freed, but is kept by Python's cycles and by glibc. Local; some 0.1 s."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -72,13 +87,11 @@ def _advice(config: Config, phase: str) -> str:
         return f"evaluate.batch_tokens={batch} has logits of {logits} ({text.vocab_size} a token, fp32); lower it"
     if phase == "training":
         batch, length = config.train.get("per_device_train_batch_size", 1), config.data.sequence_length
-        is_recomputed, wide = recomputes_activations(config), config.model.dtype == "float32"
-        # A layer keeps some 34 bytes a hidden unit in bf16, or its input alone: Korthikanti et al., arXiv:2205.05198.
-        token = text.num_hidden_layers * text.hidden_size * (2 if is_recomputed else 34) * (2 if wide else 1)
-        recompute = "" if is_recomputed else ", or set train.activation_checkpointing=true"
+        keeps = f" keeps {readable(_activations)} of activations" if _activations else ""
+        recompute = "" if recomputes_activations(config) else ", or set train.activation_checkpointing=true"
         return (
-            f"train.per_device_train_batch_size={batch} × data.sequence_length={length} keeps about "
-            f"{readable(batch * length * token)} of activations: lower either{recompute}; {share}: {offload}"
+            f"train.per_device_train_batch_size={batch} × data.sequence_length={length}{keeps}: "
+            f"lower either{recompute}; {share}: {offload}"
         )
     if phase == "computing bases":
         return "a rank holds one weight and its fp64 factors at a time: run fewer ranks a node, or basis.exchange=gram"

@@ -20,6 +20,7 @@ from mica_ds.adapter import (
     target_modules,
 )
 from mica_ds.basis import Basis, build_basis, warnings
+from mica_ds.capacity import check_capacity
 from mica_ds.checkpoint import load_trained, read_history, tensor_files
 from mica_ds.config import Config, EvaluateSettings, fixed_settings, save_config
 from mica_ds.data import build_dataset
@@ -28,6 +29,7 @@ from mica_ds.draft import check_absent, draft_questions, most_open, read_sources
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
+from mica_ds.memory import trim
 from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
@@ -63,8 +65,9 @@ def train(config: Config) -> None:
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
-        args = training_arguments(config, accumulation_steps(config))
+        args = training_arguments(config, accumulation_steps(config, comm.world_size()))
         tokenizer = load_tokenizer(config.model)
+    check_capacity(config)
     set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
@@ -96,6 +99,7 @@ def train(config: Config) -> None:
             tracker.artifact(basis.folder / "manifest.json", under="basis")
         tracker.tags(fingerprints(origin, basis))
         model = attach(config, model, modules, basis, checkpoint)
+        trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
         if comm.is_main():
@@ -306,6 +310,7 @@ def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
     comm.say(
         f"model: {config.model.path} partitioned over {comm.world_size()} ranks, {time.perf_counter() - started:.1f} s"
     )
+    trim()
     return model, peak_rss() - before
 
 

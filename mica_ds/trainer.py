@@ -25,6 +25,7 @@ from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
+from mica_ds.memory import trim
 from mica_ds.meter import Meter
 from mica_ds.packing import check_separation
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
@@ -33,12 +34,12 @@ from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
 
-def accumulation_steps(config: Config) -> int:
-    """Micro-batches that each rank adds up for one step of the global batch. Local, after `comm.start`.
+def accumulation_steps(config: Config, ranks: int) -> int:
+    """Micro-batches that each rank adds up for one step of the global batch. Local.
 
     Raises: UserError where the ranks cannot divide the global batch.
     """
-    micro, ranks = _arguments(config)["per_device_train_batch_size"], comm.world_size()
+    micro = _arguments(config)["per_device_train_batch_size"]
     steps, rest = divmod(config.data.global_batch, micro * ranks)
     if rest or not steps:
         raise UserError(
@@ -134,6 +135,7 @@ class RunCallback(TrainerCallback):
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trim()
         check_separation(self._trainer.model_wrapped, self._config)
         if "before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.

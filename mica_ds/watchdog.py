@@ -61,7 +61,7 @@ class Watchdog:
 
         `patience` is in seconds of silence; `hint` says what to do about a rank that was killed.
         """
-        self._rank, self._hosts, self._patience, self._hint = rank, hosts, patience, hint
+        self._rank, self._hosts, self._patience, self.hint = rank, hosts, patience, hint
         self._peers = {other: _Peer(other) for other in (range(1, len(hosts)) if rank == 0 else [0])}
         self._main_thread = threading.get_ident()
         self._loop = asyncio.new_event_loop()
@@ -197,7 +197,7 @@ class Watchdog:
 
     def _say(self, verdict: Verdict) -> None:
         prefix = "" if verdict.is_told else "error: "
-        hint = f" {self._hint}" if verdict.reason == _KILLED else ""
+        hint = f" {self.hint}" if verdict.reason == _KILLED else ""
         me, operation = self._name(self._rank), self._operation()[0]
         line = f"{prefix}{self._name(verdict.rank)} {verdict.reason}; {me} was in {operation}, and ends.{hint}"
         print(f"\n{line}", file=sys.stderr, flush=True)  # a progress bar leaves its line open

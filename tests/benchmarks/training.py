@@ -135,7 +135,7 @@ def train_ours(folder: Path, dtype: str) -> Found:
 
     comm.start()
     config, meter = settings(folder, dtype), Meter()
-    args = training_arguments(config, accumulation_steps(config))
+    args = training_arguments(config, accumulation_steps(config, comm.world_size()))
     tokenizer = load_tokenizer(config.model)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)

@@ -11,7 +11,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from mica_ds.config import load_config
 from mica_ds.delivery import unsent
+from mica_ds.footprint import count_footprint, micro_batch
 
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
 from ..slurm import wait_until
@@ -104,6 +106,8 @@ def test_out_of_memory_says_what_to_change(tiny_config: Callable[..., Path], tmp
     assert all(code != 0 for code in finished.codes), finished.output
     (error,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert "ran out of memory while training" in error
-    assert f"{length * batch * 2 * 40 * 34 * 2 / 2**20:.1f} MiB of activations" in error  # 2 layers, 40 wide, fp32
+    settings = load_config(config, [f"train.per_device_train_batch_size={batch}"])
+    counted = count_footprint(settings.model, settings.adapter, micro_batch(settings)).activations
+    assert f"keeps {counted / 2**20:.1f} MiB of activations" in error
     assert "train.activation_checkpointing=true" in error
     assert "Traceback" not in finished.output
