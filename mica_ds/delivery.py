@@ -11,7 +11,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mica_ds.files import replacing
+from mica_ds.files import locked, replacing
 from mica_ds.journal import Line, Reader
 from mica_ds.stores import database_file
 
@@ -90,7 +90,8 @@ class Delivery:
     def _connect(self) -> "MlflowClient":
         import mlflow  # takes seconds, and memory
 
-        client = mlflow.MlflowClient(tracking_uri=self._uri)
+        with _alone(self._uri):
+            client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
             self._receipt = _NOTHING  # deleted, or another store than before at the same address: all over again
         for _ in islice(self._reader.read(), self._receipt["lines"]):
@@ -215,6 +216,18 @@ def _is_active(client: "MlflowClient", run: str) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep others from making a SQLite store at the same time: they spoil each other's tables (MLflow 3.17)."""
+    database = database_file(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with locked(database.with_name(f"{database.name}.lock")):
+        yield
 
 
 def unsent(folder: Path, uri: str, lines: int) -> int:

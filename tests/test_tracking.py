@@ -627,6 +627,18 @@ def test_stores_that_cannot_be_written_are_sent_to_later(
             assert_same(run, run.uri)
 
 
+def test_runs_that_end_together_share_a_new_store(tmp_path: Path) -> None:
+    store, runs = f"sqlite:///{tmp_path}/new/mlflow.db", list[Run]()
+    for number in range(3):
+        (folder := tmp_path / str(number)).mkdir()
+        runs.append(Run(folder, store))
+        write_journal(runs[-1].folder, runs[-1].experiment, store, "FINISHED")
+    with ThreadPoolExecutor() as pool:
+        for synced in pool.map(Run.sync, runs):
+            assert synced.codes == [0], synced.output
+    assert [len(run.runs(store)) for run in runs] == [1, 1, 1]
+
+
 def write_journal(
     folder: Path, experiment: str, uri: str, status: str | None = None, parent: str | None = None
 ) -> Journal:
