@@ -58,7 +58,11 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
 
 def test_what_cannot_fit_is_refused_with_what_fits(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     rows = 64
-    config = tiny_config(data={"global_batch": 2 * rows}, train={"per_device_train_batch_size": rows})
+    config = tiny_config(
+        data={"global_batch": 2 * rows},
+        train={"per_device_train_batch_size": rows},
+        evaluate={"questions": None, "retention": None},
+    )
     found = start_ranks(2, ["train", str(config)], PROGRAM, MEASURED=str(tmp_path), FREE_MIB="600")
     assert found.codes == [2, 2], found.output
     (error,) = [line for line in found.output.splitlines() if line.startswith("error: ")]
