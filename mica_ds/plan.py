@@ -208,7 +208,8 @@ def _constant(zero: _Zero) -> list[Part]:
 
 def _partitions(zero: _Zero, weights: Weights) -> list[Part]:
     base = weights.stored or weights.trained
-    parts = [Part("frozen partitions", zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
+    name = "frozen partitions" if weights.stored else "partitions"
+    parts = [Part(name, zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
     if zero.group > 1:
         parts.append(Part("second copy (hpZ)", zero.parameters, zero.partition(base, zero.group, zero.parameters)))
     if zero.parameters == "nvme":
