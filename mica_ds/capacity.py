@@ -78,14 +78,25 @@ def check_capacity(config: Config) -> None:
             host = min(free + sum(own for name, _, own, *_ in machines if name == host) for host, free, *_ in machines)
             gpu, nvme = min(gpu for *_, gpu, _ in machines), min(nvme for *_, nvme in machines)
             cluster = Cluster(len(set(hosts)), per_node, gpu, host, nvme)
-            plan = make_plan(config, cluster)
-            activations = plan.passage.loss.activations
-            if not plan.misfits:
-                comm.say(f"plan: fits: {verdict(plan)}")
-            else:
-                _complain(config, cluster, plan)
+            if plan := _plan(config, cluster):
+                activations = plan.passage.loss.activations
+                if plan.misfits:
+                    _complain(config, cluster, plan)
+                else:
+                    comm.say(f"plan: fits: {verdict(plan)}")
     memory.note_activations(comm.gather(activations)[0])
     comm.advise(memory.hint(config))
+
+
+def _plan(config: Config, cluster: Cluster) -> Plan | None:
+    """The plan; None, which is said, where a model's code does something that needs data: it may train all the same."""
+    try:
+        return make_plan(config, cluster)
+    except UserError:
+        raise
+    except Exception as error:
+        comm.say(f"warning: plan: whether the run fits is not known, this model cannot be counted: {error!r}")
+        return None
 
 
 def _complain(config: Config, cluster: Cluster, plan: Plan) -> None:

@@ -148,7 +148,9 @@ def _follow(trace: list[dict[int, int]], rules: Gathering) -> tuple[list[int], i
         while queue and queue[0][0] <= step:
             queue.popleft()
         in_flight = {key for group in flying for key in group}
-        room = min(rules.max_live - sum(available.values()) - sum(map(_sum, flying)), rules.prefetch)
+        room = min(
+            rules.max_live - sum(available.values()) - sum(sum(group.values()) for group in flying), rules.prefetch
+        )
         ahead: dict[int, int] = {}
         while queue and sum(ahead.values()) < room:
             later, key, size = queue.popleft()
@@ -164,7 +166,3 @@ def _follow(trace: list[dict[int, int]], rules: Gathering) -> tuple[list[int], i
             if not is_near and skipped.get(key, -1) <= step:
                 available.pop(key, None)
     return live, moved
-
-
-def _sum(group: dict[int, int]) -> int:
-    return sum(group.values())

@@ -25,7 +25,7 @@ USABLE = 0.95
 """Share of a GPU's memory that can be used: torch's allocator keeps blocks that fit nothing (assumed, not measured)."""
 PROCESS = 640 * MIB
 """Python with its libraries and the tokenizer, before a model is loaded (measured)."""
-_ENGINE = 104 * MIB  # DeepSpeed's engine and the modules that it loads late, on the host (measured)
+_ENGINE = 104 * MIB  # DeepSpeed's engine, and modules loaded late, on the host (measured with 700 parameters)
 _SCRATCH = 32 * MIB  # what MKL packs matrices into, and threads take, on ranks without a GPU (measured)
 _CONTEXT = 2 * GIB  # CUDA, cuBLAS and NCCL on a GPU (assumed, not measured)
 _FP64_BUFFER = 32 * MIB  # the part of a matrix that the solver casts to fp64 at a time
@@ -208,7 +208,8 @@ def _constant(zero: _Zero) -> list[Part]:
 
 def _partitions(zero: _Zero, weights: Weights) -> list[Part]:
     base = weights.stored or weights.trained
-    parts = [Part("frozen partitions", zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
+    name = "frozen partitions" if weights.stored else "partitions"
+    parts = [Part(name, zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
     if zero.group > 1:
         parts.append(Part("second copy (hpZ)", zero.parameters, zero.partition(base, zero.group, zero.parameters)))
     if zero.parameters == "nvme":

@@ -65,9 +65,10 @@ def train(config: Config) -> None:
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
+    check_capacity(config)  # before `training_arguments`, after which every model is partitioned
+    with comm.failing_together():
         args = training_arguments(config, accumulation_steps(config, comm.world_size()))
         tokenizer = load_tokenizer(config.model)
-    check_capacity(config)
     set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
