@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
 from mica_ds.config import DataSettings, Source
+from mica_ds.errors import UserError
 from mica_ds.tokens import Tokens, open_tokens
 
 _BLOCK = 1000  # choices between corpus and replay that are drawn at once
@@ -84,7 +85,10 @@ def build_dataset(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, se
 def _open(settings: DataSettings, source: Source, purpose: str, tokenizer: PreTrainedTokenizerBase) -> Texts:
     tokens = open_tokens(source.path, f"data.{purpose}", tokenizer, settings.cache, settings.broken == "skip")
     with comm.failing_together():
-        return Texts(source, purpose, tokens, cut_rows(tokens, settings.sequence_length, settings.pack))
+        rows = cut_rows(tokens, settings.sequence_length, settings.pack)
+        if not len(rows):
+            raise UserError(f"data.{purpose}: {source.path} holds nothing to predict")
+    return Texts(source, purpose, tokens, rows)
 
 
 def _shuffled(texts: list[Texts], seed: int) -> np.ndarray:

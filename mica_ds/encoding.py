@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasketch import MinHash
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds.chat import ChatError, encode_chat
@@ -20,7 +19,6 @@ SIGNATURE = 64
 COLUMNS = ("ids", "is_learnt", "lengths", "words", "signatures", "origins")
 _TEXT = 1 << 20  # characters that are tokenised at once: a tokenizer's own results take a hundred times as much
 _END = np.uint32(0)  # no word's hash
-_SCHEME = "affine32"
 _AT_ONCE = 1 << 16  # shingles, of which datasketch makes a table with SIGNATURE columns
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -141,12 +139,14 @@ def signature(words: np.ndarray) -> np.ndarray:
     shingles = np.unique(hash_ngrams(words.astype(np.uint64), SHINGLE) >> np.uint64(32))
     if not len(shingles):
         return np.zeros(SIGNATURE, dtype=np.uint32)
-    minhash = MinHash(SIGNATURE, hashfunc=int, permutations=_permutations(), scheme=_SCHEME)
+    minhash = _empty_minhash().copy()
     for start in range(0, len(shingles), _AT_ONCE):
         minhash.update_batch(shingles[start : start + _AT_ONCE])
     return minhash.hashvalues
 
 
 @functools.cache
-def _permutations() -> Any:
-    return MinHash(SIGNATURE, scheme=_SCHEME).permutations
+def _empty_minhash() -> Any:
+    from datasketch import MinHash  # half a second, which a run from the cache need not wait for
+
+    return MinHash(SIGNATURE, hashfunc=int, scheme="affine32")
