@@ -4,14 +4,11 @@ Jobs that share a cache may work on it at once: a file is replaced whole, and on
 `manifest.json` is written last, from the records.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from safetensors.torch import save_file
 
 from mica_ds import comm
 from mica_ds.errors import UserError
+from mica_ds.folders import locked, partial
 from mica_ds.shards import Matrix
 from mica_ds.solver import Solution
 
@@ -85,27 +83,17 @@ def write_basis(
         "subspace": wanted.label,
     }
     file = basis_file(folder, matrix.name)
-    # A name of its own: two jobs on one cache must not write into one file.
-    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
+    unfinished = partial(file)
     try:
-        save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
-        with _locked(folder):
+        save_file({matrix.name: solution.B_MR}, unfinished, metadata={"record": json.dumps(record)})
+        with locked(folder / ".lock"):
             current = read_record(folder, matrix.name)
             if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
-                partial.unlink()  # another job was faster, perhaps with a larger r
+                unfinished.unlink()  # another job was faster, perhaps with a larger r
             else:
-                os.replace(partial, file)
+                os.replace(unfinished, file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written: {error}") from None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other jobs from replacing a basis meanwhile, where the file system knows locks."""
-    with open(folder / ".lock", "w") as lock:
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def await_record(folder: Path, name: str, wanted: Wanted, limit: float = 90) -> dict[str, Any]:
@@ -156,9 +144,9 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
     with suppress(OSError, ValueError, KeyError):
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
-    partial = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}.partial")
-    partial.write_text(json.dumps(manifest, indent=1))
-    os.replace(partial, file)
+    unfinished = partial(file)
+    unfinished.write_text(json.dumps(manifest, indent=1))
+    os.replace(unfinished, file)
 
 
 def _cut(record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def _check(messages: Any) -> None:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ChatError(f'is malformed: message {number} must have a "role" and a "content", both texts')
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise ChatError(f"is malformed: message {number} holds half of a surrogate pair") from None
     if all(message["role"] != _ANSWERS for message in messages):
         raise ChatError(f'has no answer: no message has the role "{_ANSWERS}"')
 

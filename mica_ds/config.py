@@ -14,8 +14,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    model_serializer,
+    model_validator,
 )
 
 from mica_ds.errors import UserError
@@ -59,13 +62,37 @@ class BasisSettings(Section):
     """Where whole weights are solved: on the owner's GPU where it has fp64 units and room, or always on its CPU."""
 
 
+class Source(Section):
+    """A path alone stands for a source of weight 1."""
+
+    path: Path
+    """A file (.txt, .md, .html, .pdf; .jsonl or .parquet with rows of `text` or `messages`), a dataset saved by
+    `save_to_disk`, or a folder of them."""
+    weight: PositiveFloat = 1
+    """How many times each of its sequences comes in a pass over the data; 0.5 takes a random half of them, once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        fields = serialize(self)
+        return fields["path"] if self.weight == 1 else fields
+
+
 class DataSettings(Section):
-    corpus: list[Path] = Field(min_length=1)
-    """Files (.txt, .md, .jsonl with a `text` key, or `messages` for a chat) or folders of them: what to learn."""
-    replay: list[Path] = []
+    corpus: list[Source] = Field(min_length=1)
+    """What the model shall learn: paths, or `{path: …, weight: …}`."""
+    replay: list[Source] = []
     """General text, mixed in against forgetting."""
     replay_fraction: float = Field(default=0.25, ge=0, lt=1)
     """Share of the training sequences that comes from `replay`, where there is any."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What to do about a file or row that cannot be read: end with its name, or name it and go on without."""
+    cache: Path = Path("runs/tokens")
+    """Folder for tokenised documents, on storage that all ranks share; other runs of the same documents use it, too."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens of a training sequence."""
     pack: bool = True
@@ -230,6 +257,8 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
     where = [str(part) for part in problem["loc"][:2]]  # section and key; deeper parts are pydantic's own
     key = ".".join(where)
+    if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 2:
+        return f"{key}: unknown key {problem['loc'][-1]}{_nearest(str(problem['loc'][-1]), Source.model_fields, [])}"
     if problem["type"] == "extra_forbidden":
         section: Any = Config
         for part in where[:-1]:

@@ -1,187 +1,186 @@
-"""Documents to packed training sequences, in which no document sees another."""
+"""Cached tokens to training sequences, in which no document sees another, in an order that follows from the seed."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from datasets import Dataset, interleave_datasets
+import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
-from mica_ds.chat import ChatError, chat_text, encode_chat
-from mica_ds.config import DataSettings
+from mica_ds.config import DataSettings, Source
 from mica_ds.errors import UserError
+from mica_ds.tokens import Tokens, open_tokens
 
-_ENDINGS = (".txt", ".md", ".jsonl")
+_BLOCK = 1000  # choices between corpus and replay that are drawn at once
 
 
-def build_dataset(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dataset:
-    """Read, tokenise, pack and mix: rows of `input_ids`, `labels` and `position_ids`, each `sequence_length` long.
+@dataclass(frozen=True)
+class Texts:
+    """A source of the config, as training sees it."""
 
-    The order is shuffled by `seed` and the same on every number of ranks. Where the global batch does not divide the
-    rows, the first come twice: accelerate (1.15) would repeat as many as the number of ranks asks for. Collective.
-    Raises: UserError where a source is missing, unreadable or empty.
+    source: Source
+    purpose: str
+    """`corpus` or `replay`."""
+    tokens: Tokens
+    rows: np.ndarray
+    """int64 (rows, 2): where each sequence begins and ends among the tokens."""
+
+
+class Sequences(torch.utils.data.Dataset[dict[str, np.ndarray]]):
+    """Rows of `input_ids`, `labels` and `position_ids`, int64, each `length` long, read when asked for."""
+
+    def __init__(self, texts: list[Texts], order: np.ndarray, length: int, padding: int) -> None:
+        """`order` holds numbers of rows, counted through all the texts. Local."""
+        self.texts, self._order, self._length, self._padding = texts, order, length, padding
+        self._ends = np.cumsum([len(each.rows) for each in texts])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        row = self._order[index]
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        texts = self.texts[number]
+        begin, end = texts.rows[row - self._ends[number]]  # counted from the end of its texts, so negative
+        return make_row(texts.tokens, begin, end, self._length, self._padding)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+        return [self[index] for index in indices]
+
+    def digest(self) -> str:
+        """SHA-256 of all token ids, what of them is learnt, and their order: whether two runs learn the same. Local.
+
+        From what the cache knows of its tokens, so that they are not read.
+        """
+        about = [[each.tokens.manifest["digest"] for each in self.texts], self._length]
+        found = hashlib.sha256(json.dumps(about).encode())
+        for rows in (*(each.rows for each in self.texts), self._order):
+            found.update(rows.astype("<i8").tobytes())
+        return found.hexdigest()
+
+
+def build_dataset(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequences:
+    """Tokenise what is not cached, pack and mix.
+
+    Each sequence of a source comes `weight` times (of a fraction a random part), all are shuffled by `seed`, and replay
+    is mixed in: the shorter of the two starts over until the longer one has been seen whole. The order is the same on
+    every number of ranks. Where the global batch does not divide the rows, the first come twice: accelerate (1.15)
+    would repeat as many as the number of ranks asks for. Collective.
+    Raises: UserError where a source is missing, broken or empty.
     """
-    with comm.failing_together():
-        corpus = _rows(settings, settings.corpus, "data.corpus", tokenizer)
-        if not settings.replay:
-            return _whole_batches(corpus.shuffle(seed=seed), settings.global_batch)
-        replay = _rows(settings, settings.replay, "data.replay", tokenizer)
+    corpus = [_open(settings, source, "corpus", tokenizer) for source in settings.corpus]
     share = settings.replay_fraction
-    # The shorter source starts over until the longer one has been seen whole.
-    mixed = interleave_datasets(
-        [corpus.shuffle(seed=seed), replay.shuffle(seed=seed)],
-        probabilities=[1 - share, share],
-        seed=seed,
-        stopping_strategy="all_exhausted",
-    )
-    return _whole_batches(mixed, settings.global_batch)
+    replay = [_open(settings, source, "replay", tokenizer) for source in settings.replay] if share else []
+    order = _shuffled(corpus, seed)
+    if replay:
+        first = sum(len(texts.rows) for texts in corpus)
+        order = mix(order, first + _shuffled(replay, seed), share, seed)
+    steps = -(-len(order) // settings.global_batch)
+    order = np.resize(order, steps * settings.global_batch)
+    return Sequences([*corpus, *replay], order, settings.sequence_length, tokenizer.eos_token_id)
 
 
-def _whole_batches(rows: Dataset, global_batch: int) -> Dataset:
-    steps = -(-len(rows) // global_batch)
-    return rows.select([i % len(rows) for i in range(steps * global_batch)])
+def _open(settings: DataSettings, source: Source, purpose: str, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    tokens = open_tokens(source.path, f"data.{purpose}", tokenizer, settings.cache, settings.broken == "skip")
+    with comm.failing_together():
+        rows = cut_rows(tokens, settings.sequence_length, settings.pack)
+        if not len(rows):
+            raise UserError(f"data.{purpose}: {source.path} holds nothing to predict")
+    return Texts(source, purpose, tokens, rows)
 
 
-def digest(rows: Dataset) -> str:
-    """SHA-256 of all token ids, in their order: whether two runs learn the same. Local."""
-    found = hashlib.sha256()
-    for batch in rows.with_format("numpy").iter(batch_size=1000):
-        found.update(batch["input_ids"].astype("<i4").tobytes())
-    return found.hexdigest()
+def _shuffled(texts: list[Texts], seed: int) -> np.ndarray:
+    """The rows of some sources, each as often as its weight says, counted through all of them."""
+    found, first = [], 0
+    for number, each in enumerate(texts):
+        rows = len(each.rows)
+        wanted = max(1, round(each.source.weight * rows))
+        whole, rest = divmod(wanted, rows)
+        part = np.random.default_rng([seed, number]).permutation(rows)[:rest]
+        found += [first + np.tile(np.arange(rows), whole), first + part]
+        first += rows
+    order = np.concatenate(found)
+    return order[np.random.default_rng(seed).permutation(len(order))]
 
 
-def read_documents(sources: list[Path], key: str) -> list[str]:
-    """The texts of files (.txt, .md: one document; .jsonl: one a line under `text`) and of folders of them, sorted.
+def mix(corpus: np.ndarray, replay: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Draw from the two in turn, replay with the probability `share`, until each has been seen whole. Local."""
+    random = np.random.default_rng(seed)
+    drawn = np.empty(0, dtype=np.int64)
+    while (drawn == 0).sum() < len(corpus) or (drawn == 1).sum() < len(replay):
+        missing = max((len(corpus) - (drawn == 0).sum()) / (1 - share), (len(replay) - (drawn == 1).sum()) / share)
+        blocks = [random.choice(2, _BLOCK, p=[1 - share, share]) for _ in range(1 + int(missing) // _BLOCK)]
+        drawn = np.concatenate([drawn, *blocks])
+    last = max(np.flatnonzero(drawn == which)[len(rows) - 1] for which, rows in enumerate((corpus, replay)))
+    drawn = drawn[: last + 1]
+    order = np.empty_like(drawn)
+    for which, rows in enumerate((corpus, replay)):
+        order[drawn == which] = np.resize(rows, (drawn == which).sum())
+    return order
 
-    Of a chat (a line with `messages`) what is said in it. Local. Raises: UserError that names `key`, file and line.
+
+def cut_rows(tokens: Tokens, length: int, pack: bool) -> np.ndarray:
+    """Where sequences of at most `length` tokens begin and end, int64 (rows, 2). Local.
+
+    Packed, documents are laid end to end and the line is cut where a sequence is full; a chat that would fit into one
+    of its own begins another instead of being cut. Not packed, each document begins its own. Rows that would predict
+    nothing are left out.
     """
-    texts = []
-    for where, document in _read_sources(sources, key):
-        with _named(where):
-            texts.append(document if isinstance(document, str) else chat_text(document))
-    return texts
-
-
-def _read_sources(sources: list[Path], key: str) -> list[tuple[str, Any]]:
-    """Each document with where it stands: its text, or what a row has for `messages`."""
-    documents: list[tuple[str, Any]] = []
-    for source in sources:
-        if not source.exists():
-            raise UserError(f"{key}: {source} does not exist")
-        files = source_files(source)
-        if not files:
-            raise UserError(f"{key}: {source} holds no file that ends in {', '.join(_ENDINGS)}")
-        for file in files:
-            documents.extend(_read_file(file, key))
-    documents = [document for document in documents if not isinstance(document[1], str) or document[1].strip()]
-    if not documents:
-        raise UserError(f"{key}: {', '.join(map(str, sources))} holds no text")
-    return documents
-
-
-@contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Say which chat is wrong."""
-    try:
-        yield
-    except ChatError as error:
-        raise UserError(f"{where} {error}") from None
-
-
-def source_files(source: Path) -> list[Path]:
-    """The files that a source means: itself, or of a folder those that can be read, sorted. Local."""
-    return sorted(f for f in source.rglob("*") if f.suffix in _ENDINGS) if source.is_dir() else [source]
-
-
-def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:
-    """The rows of a jsonl file, each with where it stands (`FILE, line N`). Local. Raises: UserError."""
-    rows = []
-    for number, line in enumerate(_read_text(file, key).splitlines(), start=1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            try:
-                rows.append((where, json.loads(line)))
-            except ValueError:
-                raise UserError(f"{key}: {where} is not JSON") from None
-    return rows
-
-
-def _read_file(file: Path, key: str) -> list[tuple[str, Any]]:
-    if file.suffix not in _ENDINGS:
-        raise UserError(f"{key}: {file} does not end in {', '.join(_ENDINGS)}")
-    if file.suffix != ".jsonl":
-        return [(f"{key}: {file}", _read_text(file, key))]
-    documents = []
-    for where, row in read_jsonl(file, key):
-        if isinstance(row, dict) and "messages" in row:
-            documents.append((f"{key}: {where}", row["messages"]))
-        elif isinstance(row, dict) and isinstance(row.get("text"), str):
-            documents.append((f"{key}: {where}", row["text"]))
-        else:
-            raise UserError(f'{key}: {where} has no "text"')
-    return documents
-
-
-def _read_text(file: Path, key: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{key}: {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{key}: {file} is not UTF-8 text") from None
-
-
-def _rows(settings: DataSettings, sources: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    end, length = tokenizer.eos_token_id, settings.sequence_length
-    documents: list[list[int]] = []
-    labels: list[list[int]] = []
-    for where, document in _read_sources(sources, key):
-        if isinstance(document, str):
-            ids = [*tokenizer(document, return_attention_mask=False)["input_ids"], end]
-            is_learnt = [True] * len(ids)
-        else:
-            with _named(where):
-                ids, is_learnt = encode_chat(document, tokenizer)
-        documents.append(ids)
-        labels.append([token if learnt else -100 for token, learnt in zip(ids, is_learnt, strict=True)])
-    if settings.pack:
-        rows = pack(documents, length, end, labels)
+    starts = np.asarray(tokens.starts)
+    if not pack:
+        rows = _pieces(starts[:-1], starts[1:], length)
+    elif not tokens.manifest["chats"]:
+        rows = _pieces(starts[:1], starts[-1:], length)
     else:
-        alone = zip(documents, labels, strict=True)
-        rows = [row for ids, theirs in alone for row in pack([ids], length, end, [theirs])]
-    return Dataset.from_list([row for row in rows if any(label != -100 for label in row["labels"])])
+        begins, stops = [int(starts[0])], []
+        chats = tokens.origins[:, 2].tolist()
+        for start, stop, is_chat in zip(starts[:-1].tolist(), starts[1:].tolist(), chats, strict=True):
+            if is_chat and start > begins[-1] and stop - start <= length < stop - begins[-1]:
+                stops.append(start)
+                begins.append(start)
+            while stop - begins[-1] >= length:
+                stops.append(begins[-1] + length)
+                begins.append(stops[-1])
+        rows = np.stack([begins, [*stops, int(starts[-1])]], axis=1)
+        rows = rows[rows[:, 1] > rows[:, 0]]
+    return rows[_predicts(tokens, rows)]
 
 
-def pack(
-    documents: list[list[int]], length: int, padding: int, labels: list[list[int]] | None = None
-) -> list[dict[str, list[int]]]:
-    """Lay documents end to end and cut the line into rows of `length`; the last row is padded.
+def _pieces(starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
+    """Each stretch of tokens, cut from its start into rows."""
+    number = -(-(stops - starts) // length)
+    first = np.repeat(np.cumsum(number) - number, number)
+    begins = np.repeat(starts, number) + length * (np.arange(number.sum()) - first)
+    return np.stack([begins, np.minimum(begins + length, np.repeat(stops, number))], axis=1)
 
-    `position_ids` start again at 0 with each document: from them transformers (5.23) builds the mask that keeps the
-    documents of a row apart. A document's first token is not predicted (label -100): nothing precedes it. `labels` are
-    each document's, where they are not its tokens. Local.
+
+def _predicts(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
+    """Which rows have a label, where they follow one another without a gap."""
+    if not tokens.manifest["chats"]:  # a text has two tokens at least, so any two in a row predict
+        return rows[:, 1] - rows[:, 0] > 1
+    labels = np.add.reduceat(tokens.is_learnt, rows[:, 0], dtype=np.int64)
+    firsts = np.union1d(rows[:, 0], tokens.starts[:-1])
+    firsts = firsts[tokens.is_learnt[firsts]]  # which nothing precedes
+    return labels > np.bincount(np.searchsorted(rows[:, 0], firsts, side="right") - 1, minlength=len(rows))
+
+
+def make_row(tokens: Tokens, begin: int, end: int, length: int, padding: int) -> dict[str, np.ndarray]:
+    """One sequence, padded to `length`. Local.
+
+    `position_ids` start again at 0 with each document, and with a piece that goes on from the row before: from them
+    transformers (5.23) builds the mask that keeps the documents of a row apart. The first token of each is not
+    predicted (label -100): nothing precedes it.
     """
-    rows: list[dict[str, list[int]]] = []
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for document, theirs in zip(documents, labels or documents, strict=True):
-        while document:
-            room = length - len(row["input_ids"])
-            piece, document = document[:room], document[room:]
-            row["input_ids"] += piece
-            row["labels"] += [-100, *theirs[1:room]]
-            row["position_ids"] += range(len(piece))
-            theirs = theirs[room:]
-            if len(row["input_ids"]) == length:
-                rows.append(row)
-                row = {"input_ids": [], "labels": [], "position_ids": []}
-    if row["input_ids"]:
-        room = length - len(row["input_ids"])
-        row["input_ids"] += [padding] * room
-        row["labels"] += [-100] * room
-        row["position_ids"] += range(room)
-        rows.append(row)
-    return rows
+    first, last = np.searchsorted(tokens.starts, [begin + 1, end])
+    starts = np.concatenate([[begin], tokens.starts[first:last], [end]])
+    places = np.arange(begin, end) - np.repeat(starts[:-1], np.diff(starts))
+    ids = tokens.ids[begin:end].astype(np.int64)
+    labels = np.where((places > 0) & tokens.is_learnt[begin:end], ids, -100)
+    room = length - (end - begin)
+    return {
+        "input_ids": np.concatenate([ids, np.full(room, padding)]),
+        "labels": np.concatenate([labels, np.full(room, -100)]),
+        "position_ids": np.concatenate([places, np.arange(room)]),
+    }

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
 from mica_ds.config import EvaluateSettings
-from mica_ds.data import read_documents, read_jsonl
+from mica_ds.documents import read_documents, read_jsonl
 from mica_ds.errors import UserError
 
 

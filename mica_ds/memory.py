@@ -21,6 +21,7 @@ _PHASES = {  # the first of these modules on the stack says what the memory was 
     "transformers.trainer": "training",
     "mica_ds.basis": "computing bases",
     "mica_ds.model": "loading the model",
+    "mica_ds.tokens": "tokenising the documents",
     "mica_ds.data": "packing the documents",
 }
 

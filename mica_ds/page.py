@@ -14,7 +14,7 @@ from markupsafe import Markup
 from mica_ds import figures
 from mica_ds.basis import warnings
 from mica_ds.config import Config
-from mica_ds.data import source_files
+from mica_ds.documents import source_files, stored_files
 from mica_ds.export import export_folder
 from mica_ds.weights import open_checkpoint
 
@@ -115,15 +115,16 @@ def _knowledge(share: float, questions: int) -> Knowledge:
 
 
 def _texts(config: Config) -> list[TextSource]:
-    named = [(path, "learnt") for path in config.data.corpus]
-    named += [(path, "replay") for path in config.data.replay]
+    named = [(source.path, "learnt") for source in config.data.corpus]
+    named += [(source.path, "replay") for source in config.data.replay]
     named += [(path, "questions") for path in [config.evaluate.questions] if path]
     named += [(path, "held out") for path in [config.evaluate.retention] if path]
     return [_text(path, purpose) for path, purpose in named]
 
 
 def _text(path: Path, purpose: str) -> TextSource:
-    files = [file for file in source_files(path) if file.is_file()]  # what was read hours ago may be gone
+    stored = (file for found in source_files(path) for file in stored_files(found))
+    files = [file for file in stored if file.is_file()]  # what was read hours ago may be gone
     return TextSource(str(path), purpose, len(files), sum(file.stat().st_size for file in files))
 
 

@@ -30,6 +30,9 @@ from mica_ds.export import export_checkpoint
 from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.overlap import counts, write_report
+from mica_ds.overlap import examine as examine_data
+from mica_ds.packing import check_packing
 from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
 from mica_ds.report import SUMMARY, print_summary, write_summary
@@ -46,12 +49,13 @@ def train(config: Config) -> None:
     folder = _open_run_folder(config)
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
+        check_packing(config)
         args = training_arguments(config, accumulation_steps(config))
         tokenizer = load_tokenizer(config.model)
     set_seed(args.seed)
     dataset = build_dataset(config.data, tokenizer, args.seed)
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
-    comm.say(f"data: {len(dataset)} sequences of {config.data.sequence_length} tokens")
+    about_data = examine_data(config, dataset)
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
     checkpoint, step = start_point(config, origin, steps)
     if step >= steps and is_complete(config, step):
@@ -66,8 +70,10 @@ def train(config: Config) -> None:
                 with writing(folder):
                     save_config(config, folder / "config.yaml")
                     (folder / "environment.txt").write_text(environment())
+                    tracker.artifact(write_report(about_data, folder))
                 for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
                     tracker.artifact(file)
+                tracker.metrics(counts(about_data))
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
@@ -96,7 +102,7 @@ def train(config: Config) -> None:
         assert checkpoint  # the last step has written one
         after = evaluator.score(engine)
         tracker.metrics(after.found(), steps)
-        _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
+        _save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder / "probe.safetensors")
         summary = {
             "knowledge_after": after.knowledge,
             "retention_after": after.retention,

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
@@ -14,7 +13,7 @@ from mica_ds.adapter import attach_adapter, frozen_factors, restore_adapter
 from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_frozen
 from mica_ds.config import Config, fixed_settings
-from mica_ds.data import digest
+from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
@@ -22,7 +21,7 @@ from mica_ds.report import SUMMARY
 from mica_ds.shelf import check_origin, find_checkpoint, read_state
 
 
-def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator: Evaluator) -> dict[str, Any]:
+def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluator: Evaluator) -> dict[str, Any]:
     """What must be the same for a run to go on, by the keys of the config."""
     return {
         **fixed_settings(config),
@@ -30,7 +29,7 @@ def made_of(config: Config, args: TrainingArguments, dataset: Dataset, evaluator
         "data.global_batch": config.data.global_batch,
         "train.seed": args.seed,
         "train.data_seed": args.data_seed,
-        "data (SHA-256 of its tokens)": digest(dataset),
+        "data (SHA-256 of its tokens)": dataset.digest(),
         "evaluate (SHA-256 of its questions and text)": evaluator.digest,  # scores before and after are of the same
     }
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import (
     Trainer,
@@ -21,10 +20,12 @@ from transformers.integrations.deepspeed import deepspeed_init
 from mica_ds import comm, signals
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
+from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator, Scores
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
+from mica_ds.packing import check_separation
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
@@ -46,7 +47,7 @@ def accumulation_steps(config: Config) -> int:
     return steps * config.data.sequence_parallel
 
 
-def total_steps(args: TrainingArguments, dataset: Dataset, global_batch: int) -> int:
+def total_steps(args: TrainingArguments, dataset: Sequences, global_batch: int) -> int:
     """The steps of the whole run, as the Trainer counts them. Local."""
     if args.max_steps > 0:
         return args.max_steps
@@ -108,6 +109,7 @@ class RunCallback(TrainerCallback):
         facts: dict[str, Any],
     ) -> None:
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
+        self._config = config
         self._max_skipped, self._every = config.checkpoint.max_skipped, config.evaluate.every
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
@@ -127,6 +129,7 @@ class RunCallback(TrainerCallback):
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        check_separation(self._trainer.model_wrapped, self._config)
         if "knowledge_before" not in self._facts:
             # The engine exists now, and an adapter adds nothing yet: this scores the base model.
             before = self._score(state)
@@ -313,7 +316,7 @@ def build_trainer(
     config: Config,
     model: nn.Module,
     args: TrainingArguments,
-    dataset: Dataset,
+    dataset: Sequences,
     evaluator: Evaluator,
     tracker: Tracker,
     origin: dict[str, Any],

@@ -104,7 +104,12 @@ def write_config(folder: Path, checkpoint: Path, /, **sections: Any) -> Path:
     settings: dict[str, Any] = {
         "model": {"path": str(checkpoint), "dtype": "float32"},
         "adapter": {"r": 4, "alpha": 8},
-        "data": {"corpus": [str(folder / "corpus.txt")], "sequence_length": 32, "global_batch": 4},
+        "data": {
+            "corpus": [str(folder / "corpus.txt")],
+            "sequence_length": 32,
+            "global_batch": 4,
+            "cache": str(folder / "tokens"),
+        },
         "evaluate": {"questions": str(folder / "questions.jsonl"), "retention": str(folder / "corpus.txt")},
         "train": {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2},
         "deepspeed": str(ROOT / "configs/deepspeed/zero3-offload-cpu.json"),
@@ -116,6 +121,13 @@ def write_config(folder: Path, checkpoint: Path, /, **sections: Any) -> Path:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, without a process group."""
+    monkeypatch.setattr("mica_ds.comm.gather", lambda value: [value])
+    monkeypatch.setattr("mica_ds.comm.rank", lambda: 0)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mica_ds.config import load_config, save_config
+from mica_ds.config import Source, load_config, save_config
 from mica_ds.errors import UserError
 
 from .conftest import ROOT
@@ -47,9 +48,11 @@ def test_overrides_replace_the_files_values(tiny_config: Callable[..., Path]) ->
 
 
 def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    config = load_config(tiny_config(), ["adapter.r=2"])
+    config = load_config(tiny_config(), ["adapter.r=2", "data.corpus=[/data/a, {path: b, weight: 2}]"])
+    assert config.data.corpus == [Source(path=Path("/data/a")), Source(path=Path("b"), weight=2)]
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
+    assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["data"]["corpus"][0] == "/data/a"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,9 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("adapter.r=0", "adapter.r: input should be greater than 0"),
         ("adapter.method=lore", "adapter.method: input should be 'mica', 'lora' or 'full'"),
         ("data.corpus=[]", "data.corpus: list should have at least 1 item"),
+        ("data.corpus=[3]", "data.corpus: input should be a valid dictionary"),
+        ("data.corpus=[{path: x, wight: 2}]", "data.corpus: unknown key wight; did you mean weight?"),
+        ("data.corpus=[{path: x, weight: 0}]", "data.corpus: input should be greater than 0"),
         ("adapter.r", "is not of the form key=value"),
         ("deepspeed=missing.json", "missing.json cannot be read"),
     ],

@@ -1,31 +1,69 @@
-"""Packing, and the reading of documents."""
+"""Packing, mixing, and the order of the sequences."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset, interleave_datasets
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica_ds.data import pack, read_documents
-from mica_ds.errors import UserError
+from mica_ds.config import Source
+from mica_ds.data import Sequences, Texts, _shuffled, cut_rows, make_row, mix
+from mica_ds.documents import read_documents
+from mica_ds.tokens import Tokens
 
 from .conftest import TINY
 
 PADDING = -1
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=12), length=st.integers(2, 16))
-def test_packing_keeps_every_token_in_order_and_apart(lengths: list[int], length: int) -> None:
+def tokens_of(documents: list[list[int]], chats: list[int] | None = None) -> Tokens:
+    """What the cache would hold of some documents; of the chats, by number, the last third is learnt."""
+    lengths = [len(document) for document in documents]
+    learnt = [
+        number not in (chats or []) or 3 * place >= 2 * size
+        for number, size in enumerate(lengths)
+        for place in range(size)
+    ]
+    origins = np.array([[0, -1, number in (chats or [])] for number in range(len(documents))])
+    return Tokens(
+        folder=Path(),
+        files=[],
+        manifest={"chats": len(chats or []), "digest": str(documents)},
+        ids=np.array([token for document in documents for token in document], dtype=np.int32),
+        is_learnt=np.array(learnt, dtype=np.bool_),
+        starts=np.cumsum([0, *lengths]),
+        words=np.empty(0),
+        signatures=np.empty(0),
+        origins=origins,
+    )
+
+
+def packed(documents: list[list[int]], length: int, padding: int = PADDING, **how: Any) -> list[dict[str, list[int]]]:
+    tokens = tokens_of(documents, how.get("chats"))
+    rows = cut_rows(tokens, length, how.get("pack", True))
+    return [{key: row.tolist() for key, row in make_row(tokens, b, e, length, padding).items()} for b, e in rows]
+
+
+@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=12), length=st.integers(3, 16), pack=st.booleans())
+def test_packing_keeps_every_token_in_order_and_apart(lengths: list[int], length: int, pack: bool) -> None:
     counter = iter(range(10_000))
     documents = [[next(counter) for _ in range(size)] for size in lengths]
     starts = {document[0] for document in documents}
-    rows = pack(documents, length, PADDING)
+    rows = packed(documents, length, pack=pack)
     assert {len(values) for row in rows for values in row.values()} == {length}
-    assert [i for row in rows for i in row["input_ids"] if i != PADDING] == [i for d in documents for i in d]
+    predicts_nothing = {document[-1] for document in documents if pack is False and len(document) % length == 1}
+    if pack and sum(lengths) % length == 1:
+        predicts_nothing = {documents[-1][-1]}
+    expected = [i for document in documents for i in document if i not in predicts_nothing]
+    assert [i for row in rows for i in row["input_ids"] if i != PADDING] == expected
     for row in rows:
+        assert pack or len(starts & set(row["input_ids"])) <= 1
         for place, (token, label, position) in enumerate(
             zip(row["input_ids"], row["labels"], row["position_ids"], strict=True)
         ):
@@ -35,48 +73,82 @@ def test_packing_keeps_every_token_in_order_and_apart(lengths: list[int], length
             assert begins or position == row["position_ids"][place - 1] + 1
 
 
+@given(lengths=st.lists(st.integers(3, 30), min_size=2, max_size=12), length=st.integers(4, 16), data=st.data())
+def test_a_chat_is_not_cut_where_it_fits_and_learnt_in_its_answers(
+    lengths: list[int], length: int, data: st.DataObject
+) -> None:
+    counter = iter(range(10_000))
+    documents = [[next(counter) for _ in range(size)] for size in lengths]
+    chats = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, unique=True))
+    rows = packed(documents, length, chats=chats)
+    seen = [token for row in rows for token in row["input_ids"] if token != PADDING]
+    assert seen == sorted(set(seen))
+    for number in chats:
+        document = documents[number]
+        holding = [row for row in rows if set(document) & set(row["input_ids"])]
+        assert len(holding) == 1 or len(document) > length
+        learnt = {label for row in rows for label in row["labels"] if label in document}
+        assert learnt <= set(document[-(len(document) + 2) // 3 :])
+        assert document[-1] in learnt or len(document) > length
+    assert all(any(label != -100 for label in row["labels"]) for row in rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mica_ds.data._predicts", lambda tokens, rows: np.ones(len(rows), dtype=np.bool_))
+        all_rows = packed(documents, length, chats=chats)
+    assert rows == [row for row in all_rows if any(label != -100 for label in row["labels"])]
+
+
 @pytest.mark.parametrize("architecture", TINY)
 def test_packed_documents_do_not_see_each_other(architecture: str, tiny_model: Callable[[str], Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
     documents = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]]
-    row = pack(documents, length=12, padding=0)[0]
+    row = packed(documents, length=12, padding=0)[0]
     with torch.no_grad():
-        packed = model(**{key: torch.tensor([row[key]]) for key in ("input_ids", "position_ids")}, use_cache=False)
+        together = model(**{key: torch.tensor([row[key]]) for key in ("input_ids", "position_ids")}, use_cache=False)
         alone = torch.cat([model(torch.tensor([document])).logits[0] for document in documents])
         unseparated = model(torch.tensor([row["input_ids"]]), use_cache=False)
-    torch.testing.assert_close(packed.logits[0], alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together.logits[0], alone, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(unseparated.logits[0], alone, atol=1e-3)  # so that the test can fail
 
 
-def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "two.md").write_text("second")
-    (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth", "source": "x"}\n')
-    (tmp_path / "ignored.bin").write_bytes(b"\0")
-    assert read_documents([tmp_path], "data.corpus") == ["first", "second", "third", "fourth"]
+@pytest.mark.parametrize("share", [0.12, 0.9])
+@pytest.mark.parametrize("sizes", [(1, 327), (1500, 200), (7, 7)])
+def test_replay_is_mixed_in_as_datasets_does_it(sizes: tuple[int, int], share: float) -> None:
+    corpus, replay = np.arange(sizes[0]), 10_000 + np.arange(sizes[1])
+    expected = interleave_datasets(
+        [Dataset.from_dict({"row": rows}) for rows in (corpus, replay)],
+        probabilities=[1 - share, share],
+        seed=3,
+        stopping_strategy="all_exhausted",
+    )["row"]
+    found = mix(corpus, replay, share, seed=3)
+    assert found.tolist() == list(expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', 'a.jsonl, line 2 has no "text"'),
-        ("a.jsonl", b"{", "a.jsonl, line 1 is not JSON"),
-        ("a.txt", b"\xff\xfe", "a.txt is not UTF-8"),
-        ("a.pdf", b"x", "holds no file that ends in"),
-        ("a.txt", b" \n", "holds no text"),
-    ],
-)
-def test_a_bad_document_is_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"data\.corpus") as caught:
-        read_documents([tmp_path], "data.corpus")
-    assert message in str(caught.value)
+def texts(rows: int, weight: float) -> Texts:
+    tokens = tokens_of([[100 * rows + i, 1] for i in range(rows)])
+    return Texts(Source(path=Path("x"), weight=weight), "corpus", tokens, cut_rows(tokens, 8, pack=False))
 
 
-def test_a_source_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.replay: .*nowhere does not exist"):
-        read_documents([tmp_path / "nowhere"], "data.replay")
+def test_weights_say_how_often_each_sequence_comes() -> None:
+    order = _shuffled([texts(10, 1), texts(20, 2.5), texts(30, 0.5), texts(3, 0.01)], seed=1)
+    counts = np.bincount(order, minlength=63)
+    assert set(counts[:10]) == {1}
+    assert sorted(counts[10:30]) == [2] * 10 + [3] * 10
+    assert sorted(counts[30:60]) == [0] * 15 + [1] * 15
+    assert sum(counts[60:]) == 1  # not lost whole
+    assert order.tolist() == _shuffled([texts(10, 1), texts(20, 2.5), texts(30, 0.5), texts(3, 0.01)], 1).tolist()
+    assert order.tolist() != sorted(order.tolist())
+    assert _shuffled([texts(10, 1)], 5).tolist() == list(Dataset.from_dict({"n": range(10)}).shuffle(seed=5)["n"])
+
+
+def test_rows_are_found_in_their_source() -> None:
+    sources = [texts(3, 1), texts(5, 1), texts(2, 1)]
+    sequences = Sequences(sources, np.array([9, 0, 2, 3, 7, 8]), 8, padding=0)
+    assert [row["input_ids"][0] for row in sequences.__getitems__(list(range(6)))] == [201, 300, 302, 500, 504, 200]
+    assert all(value.dtype == np.int64 for value in sequences[0].values())
+    other = Sequences(sources, np.array([0, 9, 2, 3, 7, 8]), 8, padding=0)
+    assert sequences.digest() == Sequences(sources, np.array([9, 0, 2, 3, 7, 8]), 8, 0).digest()
+    assert sequences.digest() != other.digest()
 
 
 def test_the_demonstration_is_what_it_says(smollm2: Path) -> None:

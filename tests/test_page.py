@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mica_ds.config import Config, load_config
+from mica_ds.config import Config, Source, load_config
 from mica_ds.page import write_page
 
 from .conftest import finish, launch_ranks, write_config
@@ -248,7 +248,7 @@ def test_warnings_stand_out_and_only_where_there_are_any(inputs: Inputs, tmp_pat
 
 def test_a_long_run_and_texts_that_are_gone_still_make_a_small_page(inputs: Inputs, tmp_path: Path) -> None:
     config, summary, _, manifest = inputs
-    data = config.data.model_copy(update={"corpus": [tmp_path / "gone.txt", tmp_path / "gone"]})
+    data = config.data.model_copy(update={"corpus": [Source(path=tmp_path / name) for name in ("gone.txt", "gone")]})
     config = config.model_copy(update={"data": data, "output_dir": tmp_path})
     noise = torch.rand(50_000).tolist()
     history = [{"step": i + 1, "loss": loss, "epoch": i / 100} for i, loss in enumerate(noise)]

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mica_ds.data import pack
-
 from ..conftest import ROOT, TINY, start, start_ranks
+from ..test_data import packed
 from .test_basis import assert_bases_match
 
 pytestmark = pytest.mark.dist
@@ -104,7 +103,7 @@ def test_the_first_loss_is_plain_pytorchs(
     (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     corpus = f"data.corpus=[{tmp_path}/corpus.jsonl]"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
-    rows = pack([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents], 32, 2)
+    rows = packed([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in documents], 32, 2)
     assert len(rows) == 4  # the global batch
     finished = start_ranks(2, ["train", str(config), corpus, "train.max_steps=1"])
     assert finished.codes == [0, 0], finished.output

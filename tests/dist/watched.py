@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from mica_ds import cli, comm
 
 
 def main() -> None:
-    from mica_ds import trainer  # imports DeepSpeed, which wants to be started first
+    from mica_ds import data, trainer  # imports DeepSpeed, which wants to be started first
 
     watch = json.loads(os.environ["WATCH"])
     notes = Path(watch["folder"]) / f"{comm.rank()}.jsonl"
     is_last = comm.rank() == comm.world_size() - 1
     compute_loss = trainer.MicaTrainer.compute_loss
-    read = Dataset.__getitems__  # by which a data loader reads, and nothing else
+    read = data.Sequences.__getitems__  # by which a data loader reads, and nothing else
 
     def watched_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step + 1
@@ -39,7 +38,7 @@ def main() -> None:
         return read(self, indices)
 
     trainer.MicaTrainer.compute_loss = watched_loss
-    Dataset.__getitems__ = watched_read
+    data.Sequences.__getitems__ = watched_read
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ PHASES: dict[str, tuple[Sight, float]] = {  # with the seconds over which moment
     "gathering for a checkpoint": (_steps_done(SAVE_EVERY), 0.005),
     "exporting": (lambda run, output: (run / "adapter.partial").exists(), 0.01),
     "recording": (lambda run, output: (run / "adapter").exists(), 1.0),
-    "loading": (lambda run, output: "data: " in output, 0.3),
+    "loading": (lambda run, output: " sequences of " in output, 0.3),
     "bases": (lambda run, output: (run / "basis").is_dir(), 0.05),
     "evaluating before": (lambda run, output: "evaluation:" in output, 0.5),
     "evaluating after": (_is_evaluating_again, 0.3),

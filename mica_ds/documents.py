@@ -1,0 +1,290 @@
+"""Documents out of files: what a source holds, and its texts, a part at a time."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mica_ds.chat import ChatError, chat_text
+from mica_ds.errors import UserError
+
+ENDINGS = (".txt", ".md", ".html", ".htm", ".pdf", ".jsonl", ".parquet")
+PDF = 10
+"""So much longer than others takes a byte of PDF to read."""
+_DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets leaves in a folder
+_SPLITS = "dataset_dict.json"
+_BYTES = 8 << 20  # of a jsonl file that are read at once
+_ROWS = 1000  # of a saved dataset, and at a time of a parquet file
+_BLOCKS = (
+    "address article blockquote br dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p "
+    "pre section table td th title tr ul"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is read at once: a file, or of one with many rows a stretch."""
+
+    file: Path
+    """Or the folder of a saved dataset."""
+    start: int = 0
+    """Of jsonl the byte in or before the first line, of parquet the row group, of a dataset the row."""
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a chat with what is said in it."""
+
+    place: int
+    """Of a row in its file (for jsonl its first byte), -1 where the file is one document."""
+    text: str
+    messages: Any = None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A file or row that cannot be read."""
+
+    place: int
+    reason: str
+    """As said after its name: `is not JSON`."""
+
+
+class _UnusableError(Exception):
+    """The reason."""
+
+
+def find_files(source: Path, key: str) -> list[Path]:
+    """The files and saved datasets that a source means. Local. Raises: UserError where there are none."""
+    if not source.exists():
+        raise UserError(f"{key}: {source} does not exist")
+    found = source_files(source)
+    if not found:
+        raise UserError(f"{key}: {source} holds no file that ends in {', '.join(ENDINGS)}, and is no saved dataset")
+    for file in found:
+        if (file / _SPLITS).exists():
+            splits = sorted(folder.name for folder in file.iterdir() if folder.is_dir())
+            raise UserError(f"{key}: {file} holds a dataset's splits; name one of them: {', '.join(splits)}")
+        if not file.is_dir() and file.suffix.lower() not in ENDINGS:
+            raise UserError(f"{key}: {file} does not end in {', '.join(ENDINGS)}")
+    return found
+
+
+def source_files(source: Path) -> list[Path]:
+    """The files that a source means: itself, or of a folder those that can be read, sorted. Local.
+
+    The folder of a saved dataset stands for its files.
+    """
+    if not source.is_dir() or _is_dataset(source):
+        return [source]
+    found = []
+    for name, folders, files in os.walk(source):
+        folder = Path(name)
+        datasets = [inner for inner in folders if _is_dataset(folder / inner)]
+        found += [folder / inner for inner in datasets]
+        folders[:] = [inner for inner in folders if inner not in datasets]
+        found += [folder / file for file in files if Path(file).suffix.lower() in ENDINGS]
+    return sorted(found)
+
+
+def stored_files(file: Path) -> list[Path]:
+    """The file itself, or those of a saved dataset, sorted. Local."""
+    return sorted(inner for inner in file.iterdir() if inner.is_file()) if file.is_dir() else [file]
+
+
+def _is_dataset(folder: Path) -> bool:
+    return all((folder / name).exists() for name in _DATASET) or (folder / _SPLITS).exists()
+
+
+def split(file: Path) -> list[Part]:
+    """The parts of a file, in their order, none of which is large unless one document is. Local."""
+    try:
+        if file.is_dir():
+            rows = len(_open_dataset(file))
+            return [Part(file, start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
+        if file.suffix.lower() == ".jsonl":
+            size = file.stat().st_size
+            return [Part(file, start, start + _BYTES) for start in range(0, size, _BYTES)]
+        if file.suffix.lower() == ".parquet":
+            return [Part(file, group, group + 1) for group in range(_open_parquet(file).num_row_groups)]
+    except Exception:
+        return [Part(file)]  # whose reading tells what is wrong
+    return [Part(file)]
+
+
+def read(part: Part) -> Iterator[Document | Broken]:
+    """The documents of a part, empty ones included, and what is broken in it. Local."""
+    try:
+        if part.file.is_dir():
+            yield from map(_row, _dataset_rows(part))
+        elif part.file.suffix.lower() == ".jsonl":
+            yield from map(_row, _jsonl_rows(part))
+        elif part.file.suffix.lower() == ".parquet":
+            yield from map(_row, _parquet_rows(part))
+        else:
+            yield Document(-1, _clean(_WHOLE.get(part.file.suffix.lower(), _read_text)(part.file)))
+    except UnicodeDecodeError:
+        yield Broken(-1, "is not UTF-8 text")
+    except _UnusableError as error:
+        yield Broken(-1, str(error))
+    except OSError as error:
+        yield Broken(-1, f"cannot be read: {error.strerror or error}")
+    except Exception as error:  # whatever pypdf, pyarrow or datasets may raise where a file is damaged
+        yield Broken(-1, f"is damaged, or not what its name says: {' '.join(str(error).split()) or repr(error)}")
+
+
+def where(file: Path, place: int) -> str:
+    """How to name a document or what is broken: `FILE`, `FILE, line N` or `FILE, row N`. Local."""
+    if place < 0:
+        return str(file)
+    if file.suffix.lower() != ".jsonl" or file.is_dir():
+        return f"{file}, row {place + 1}"
+    lines, left = 1, place
+    with file.open("rb") as opened:
+        while left and (piece := opened.read(min(left, _BYTES))):
+            lines, left = lines + piece.count(b"\n"), left - len(piece)
+    return f"{file}, line {lines}"
+
+
+def read_documents(sources: list[Path], key: str) -> list[str]:
+    """The texts of all documents of some sources that are small, in order, without empty ones. Local.
+
+    Of a chat what is said in it. Raises: UserError that names `key`, the file and the line where one is broken.
+    """
+    texts = []
+    for source in sources:
+        for file in find_files(source, key):
+            for document in (document for part in split(file) for document in read(part)):
+                if isinstance(document, Broken):
+                    raise UserError(f"{key}: {where(file, document.place)} {document.reason}")
+                texts.append(document.text)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{key}: {', '.join(map(str, sources))} holds no text")
+    return texts
+
+
+def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:
+    """The rows of a jsonl file, each with where it stands (`FILE, line N`). Local. Raises: UserError."""
+    rows = []
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                rows.append((f"{file}, line {number}", json.loads(line)))
+    except OSError as error:
+        raise UserError(f"{key}: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{key}: {file} is not UTF-8 text") from None
+    except ValueError:
+        raise UserError(f"{key}: {file}, line {number} is not JSON") from None
+    return rows
+
+
+def _row(found: tuple[int, Any]) -> Document | Broken:
+    """A row that holds `text` or `messages`."""
+    place, row = found
+    if isinstance(row, Broken):
+        return row
+    if isinstance(row, dict) and row.get("messages") is not None:
+        try:
+            return Document(place, chat_text(row["messages"]), row["messages"])
+        except ChatError as error:
+            return Broken(place, str(error))
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return Document(place, _clean(row["text"]))
+    return Broken(place, 'has no "text"')
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which JSON and PDF may hold, and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
+    """The lines that begin within the part."""
+    with part.file.open("rb") as opened:
+        if part.start:  # the line that reaches into this part belongs to the one before
+            opened.seek(part.start - 1)
+            opened.readline()
+        while (place := opened.tell()) < part.stop and (line := opened.readline()):
+            try:
+                if text := line.decode("utf-8-sig").strip():
+                    yield place, json.loads(text)
+            except UnicodeDecodeError:
+                yield place, Broken(place, "is not UTF-8 text")
+            except ValueError:
+                yield place, Broken(place, "is not JSON")
+
+
+def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
+    file = _open_parquet(part.file)
+    if not {"text", "messages"} & set(file.schema_arrow.names):
+        raise _UnusableError('has no column "text" or "messages"')
+    columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+    place = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+    for batch in file.iter_batches(_ROWS, row_groups=range(part.start, part.stop), columns=columns):
+        for row in batch.to_pylist():
+            yield place, row
+            place += 1
+
+
+def _dataset_rows(part: Part) -> Iterator[tuple[int, Any]]:
+    dataset = _open_dataset(part.file)
+    if not {"text", "messages"} & set(dataset.column_names):
+        raise _UnusableError('has no column "text" or "messages"')
+    dataset = dataset.select_columns([name for name in ("text", "messages") if name in dataset.column_names])
+    yield from enumerate(dataset.select(range(part.start, part.stop)), start=part.start)
+
+
+def _open_parquet(file: Path) -> Any:
+    from pyarrow.parquet import ParquetFile  # as below: not every corpus needs it
+
+    return ParquetFile(file, memory_map=True)
+
+
+def _open_dataset(folder: Path) -> Any:
+    from datasets import load_from_disk  # a second, which a corpus of files need not wait for
+
+    return load_from_disk(str(folder))
+
+
+def _read_text(file: Path) -> str:
+    return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
+
+
+def _read_html(file: Path) -> str:
+    """What a browser shows: a line a block, without scripts and styles."""
+    from bs4 import BeautifulSoup
+
+    page = BeautifulSoup(file.read_bytes(), "html.parser")
+    for hidden in page(["script", "style", "template", "noscript"]):
+        hidden.decompose()
+    for string in page.find_all(string=True):
+        if string.find_parent("pre") is None:
+            string.replace_with(type(string)(re.sub(r"\s+", " ", string)))
+    for block in page(_BLOCKS.split()):
+        block.insert_before("\n")
+        block.insert_after("\n")
+    text = re.sub(r"(?m)^ (?! )|[ \t]+$", "", page.get_text())  # indents of <pre> stay
+    return re.sub(r"\n{2,}", "\n", text).strip("\n")
+
+
+def _read_pdf(file: Path) -> str:
+    from pypdf import PdfReader
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each oddity of a file
+    reader = PdfReader(file)
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise _UnusableError("is encrypted with a password")
+    text = "\n".join(page.extract_text() for page in reader.pages)
+    if not text.strip():
+        raise _UnusableError("holds no text: if its pages are scans, have their text recognised (OCR) first")
+    return text
+
+
+_WHOLE: dict[str, Callable[[Path], str]] = {".html": _read_html, ".htm": _read_html, ".pdf": _read_pdf}

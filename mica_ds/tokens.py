@@ -1,0 +1,274 @@
+"""The token cache: each source is read and tokenised once, by the processes of one rank, and mapped by all.
+
+A cache entry is a folder named by a SHA-256 of the contents of a source's files and of the tokenizer. It appears whole
+or not at all, and serves every sequence length, run and job. What its files hold is `encoding.Encoded`, end to end.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mica_ds import comm
+from mica_ds.contents import hash_files
+from mica_ds.documents import PDF, Part, find_files, split, stored_files, where
+from mica_ds.encoding import SIGNATURE, Encoded, encode
+from mica_ds.errors import UserError
+from mica_ds.folders import locked, partial
+
+_VERSION = 1
+"""Of what an entry holds: another one makes all entries anew."""
+_MANIFEST = "manifest.json"
+_COLUMNS = {  # the files of an entry
+    "ids": np.dtype(np.int32),
+    "is_learnt": np.dtype(np.bool_),
+    "starts": np.dtype(np.int64),
+    "words": np.dtype(np.uint32),
+    "signatures": np.dtype((np.uint32, SIGNATURE)),
+    "origins": np.dtype((np.int64, 3)),
+}
+_BATCH = 4 << 20  # bytes that a process reads and tokenises at once
+_LARGE = 32 << 20  # bytes from which processes are worth the seconds that their start takes
+_VISIBLE = 90  # seconds after which a network file system shows to all nodes what one has written
+_tokenizer: PreTrainedTokenizerBase  # of a process that tokenises
+
+
+@dataclass
+class _Batch:
+    """Parts that are read together."""
+
+    numbers: list[int] = field(default_factory=list)
+    """Of the file of each part."""
+    parts: list[Part] = field(default_factory=list)
+    size: int = 0
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A source in the cache, mapped into memory."""
+
+    folder: Path
+    files: list[Path]
+    manifest: dict[str, Any]
+    ids: np.ndarray
+    """int32, all documents end to end."""
+    is_learnt: np.ndarray
+    """bool, a token."""
+    starts: np.ndarray
+    """int64 (documents + 1): where each document begins, and where the last ends."""
+    words: np.ndarray
+    signatures: np.ndarray
+    origins: np.ndarray
+    """int64 (documents, 3): the number of its file, its place in it, and whether it is a chat."""
+
+    def name(self, document: int) -> str:
+        """Where a document stands. Local."""
+        file, place, _ = self.origins[document].tolist()
+        return where(self.files[file], place)
+
+    def broken(self) -> list[str]:
+        """What was left out, and why. Local."""
+        return [f"{where(self.files[file], place)} {reason}" for file, place, reason in self.manifest["broken"]]
+
+
+def open_tokens(source: Path, key: str, tokenizer: PreTrainedTokenizerBase, cache: Path, may_skip: bool) -> Tokens:
+    """The tokens of a source, from the cache or into it. Collective, though rank 0 alone reads documents.
+
+    The others wait for as long as it takes. `may_skip` leaves out what is broken. Raises: UserError where the source
+    holds no text, something in it is broken, or the cache cannot be written or is not shared.
+    """
+    folder, files = cache, [source]
+    with comm.failing_together():
+        if comm.is_main():
+            files = find_files(source, key)
+            folder = cache / _entry(files, tokenizer, cache)
+            _fill(folder, files, key, tokenizer, may_skip)
+    folder, files = comm.gather((folder, files))[0]
+    with comm.failing_together():
+        tokens = _open(folder, files)
+        broken = tokens.broken() if comm.is_main() else []
+        if broken and not may_skip:
+            raise UserError(f"{key}: {broken[0]}; mend or remove it, or set data.broken=skip")
+        if tokens.manifest["documents"] == 0:
+            raise UserError(f"{key}: {source} holds no text")
+    return tokens
+
+
+def _entry(files: list[Path], tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
+    """The name of the entry for some files: their contents and kinds in their order, not their names."""
+    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    about = [_VERSION, state, tokenizer.chat_template, tokenizer.eos_token_id]
+    found = hashlib.sha256(json.dumps(about).encode())
+    contents = hash_files([inner for file in files for inner in stored_files(file)], cache / "files.json")
+    for file in files:
+        found.update(
+            " ".join([file.suffix.lower(), *(contents[inner] for inner in stored_files(file))]).encode() + b"\n"
+        )
+    return found.hexdigest()[:32]
+
+
+def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase, may_skip: bool) -> None:
+    """Make an entry where there is none. Local, on rank 0."""
+    if _is_whole(folder):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f"{folder.name}.lock")
+        with locked(lock, lambda: comm.say(f"data: another job tokenises {key} into {folder}; waiting for it")) as held:
+            if _is_whole(folder):
+                return
+            if held:  # so whatever else is there was left by a job that was killed
+                for left in [*folder.parent.glob(f"{folder.name}.*.partial"), folder]:
+                    shutil.rmtree(left, ignore_errors=True)
+            unfinished = partial(folder)
+            unfinished.mkdir(exist_ok=True)
+            try:
+                _write(unfinished, files, key, tokenizer, may_skip)
+                os.replace(unfinished, folder)
+            except OSError:
+                if not _is_whole(folder):  # without locks, another job may have been faster
+                    raise
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"data.cache: {folder.parent} cannot be written: {error.strerror or error}") from None
+    except BrokenProcessPool:
+        raise UserError(f"{key}: a process that reads documents was killed, perhaps for lack of memory") from None
+
+
+def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase, may_skip: bool) -> None:
+    manifest: dict[str, Any] = {"documents": 0, "tokens": 0, "words": 0, "empty": 0, "chats": 0, "broken": []}
+    hashes = [hashlib.sha256() for _ in range(3)]
+    outputs = {name: (folder / name).open("wb") for name in _COLUMNS}
+    try:
+        outputs["starts"].write(np.zeros(1, np.int64).tobytes())
+        for numbers, found in _encoded(files, key, tokenizer):
+            for part, broken in found.broken:
+                if not may_skip:
+                    name = where(files[numbers[part]], broken.place)
+                    raise UserError(f"{key}: {name} {broken.reason}; mend or remove it, or set data.broken=skip")
+                manifest["broken"].append([numbers[part], broken.place, broken.reason])
+            starts = manifest["tokens"] + np.cumsum(found.lengths)
+            found.origins[:, 0] = np.array(numbers, dtype=np.int64)[found.origins[:, 0]]
+            columns = {**vars(found), "starts": starts}
+            for name, dtype in _COLUMNS.items():
+                outputs[name].write(np.ascontiguousarray(columns[name], dtype=dtype.base).tobytes())
+            for digest, values in zip(hashes, (found.ids, found.is_learnt, starts), strict=True):
+                digest.update(values.tobytes())
+            manifest["documents"] += len(found.lengths)
+            manifest["tokens"] += len(found.ids)
+            manifest["words"] += int(np.count_nonzero(found.words))
+            manifest["chats"] += int(found.origins[:, 2].sum())
+            manifest["empty"] += found.empty
+    finally:
+        for output in outputs.values():
+            output.close()
+    manifest["digest"] = hashlib.sha256(b"".join(digest.digest() for digest in hashes)).hexdigest()
+    manifest["bytes"] = {name: (folder / name).stat().st_size for name in _COLUMNS}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _encoded(files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Encoded]]:
+    """The documents of all files in their order, in batches, each with the numbers of its parts' files."""
+    sizes = [sum(inner.stat().st_size for inner in stored_files(file) if inner.exists()) for file in files]
+    work = sum(size * (PDF if file.suffix.lower() == ".pdf" else 1) for file, size in zip(files, sizes, strict=True))
+    comm.say(f"data: tokenising {len(files)} files of {key}, {sum(sizes):,} bytes; the other ranks wait")
+    batches = _batches(files, sizes)
+    if work < _LARGE:
+        yield from ((batch.numbers, encode(batch.parts, tokenizer)) for batch in batches)
+        return
+    workers = len(os.sched_getaffinity(0))
+    # Spawned: a fork would copy the locks of the threads that gloo, CUDA and tokenizers run here.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer,))
+    try:
+        with tqdm(total=sum(sizes), desc="tokenising", unit="B", unit_scale=True) as bar:
+            waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
+            for batch in itertools.chain(batches, itertools.repeat(None)):
+                if batch:
+                    waiting.append((batch, pool.submit(_encode, batch.parts)))
+                elif not waiting:
+                    break
+                if batch is None or len(waiting) > 2 * workers:  # these keep them busy, and more would fill the memory
+                    done, future = waiting.popleft()
+                    yield done.numbers, future.result()
+                    bar.update(done.size)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _batches(files: list[Path], sizes: list[int]) -> Iterator[_Batch]:
+    batch = _Batch()
+    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
+        cut = split(file)
+        for part in cut:
+            batch.numbers.append(number)
+            batch.parts.append(part)
+            batch.size += size // len(cut)
+            if batch.size >= _BATCH:
+                yield batch
+                batch = _Batch()
+    if batch.parts:
+        yield batch
+
+
+def _start_process(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What a process keeps; it ends with the rank that has started it, however that ends."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
+def _encode(parts: list[Part]) -> Encoded:
+    return encode(parts, _tokenizer)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in manifest["bytes"].items())
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False
+
+
+def _open(folder: Path, files: list[Path]) -> Tokens:
+    deadline = time.monotonic() + _VISIBLE
+    while not _is_whole(folder):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"data.cache: {folder}, which rank 0 has written, is not seen on {socket.gethostname()}: "
+                "it must be on storage that all ranks share"
+            )
+        time.sleep(1)
+    columns = {name: _map(folder / name, dtype) for name, dtype in _COLUMNS.items()}
+    return Tokens(folder, files, json.loads((folder / _MANIFEST).read_text()), **columns)
+
+
+def _map(file: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if file.stat().st_size == 0:  # which cannot be mapped
+        return np.empty((0, *dtype.shape), dtype.base)
+    return np.memmap(file, dtype.base, mode="r").reshape(-1, *dtype.shape)
