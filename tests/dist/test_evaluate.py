@@ -134,7 +134,8 @@ def test_it_stops_when_patience_ends_and_exports_the_best(run: Run) -> None:
     assert f"is step {best} of {summary['steps']}, the best one" in page
 
 
-def test_what_is_over_is_over_until_it_may_go_on(run: Run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_patience_ended_is_not_trained_again(run: Run) -> None:
     again = run.train(1)
     assert again.codes == [0], again.output
     assert f"is finished, with {run.summary()['steps']} steps" in again.output
