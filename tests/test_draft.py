@@ -2,14 +2,24 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mica_ds.draft import GAP, Document, draft_questions, most_open, read_sources, without_sentences
+from mica_ds.draft import (
+    GAP,
+    Document,
+    check_absent,
+    draft_questions,
+    most_open,
+    read_sources,
+    without_sentences,
+)
+from mica_ds.errors import UserError
 from mica_ds.questions import Choice, read_questions
 
-from .conftest import ROOT
+from .conftest import ROOT, start_ranks
 
 TEXT = """# Presses of the North
 
@@ -77,6 +87,22 @@ def test_the_most_open_ones_are_kept_whether_right_or_wrong() -> None:
     losses = [[1.0, 9.0], [5.0, 5.1], [9.0, 1.0], [700.0, 700.5]]
     assert most_open(drafts, losses, 2) == [{"n": 1}, {"n": 3}]
     assert most_open(drafts, losses, 9) == drafts
+
+
+@pytest.mark.dist
+def test_the_verb_drafts_ranks_and_holds_out(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config(data={"corpus": [str(ROOT / "configs/demonstration/handbook")]})
+    files = [tmp_path / "drafts.jsonl", tmp_path / "held-out.jsonl"]
+    options = ["-o", str(files[0]), "--held-out", str(files[1]), "--number", "5", "--by-model"]
+    finished = start_ranks(1, ["questions", str(config), *options])
+    assert finished.codes == [0], finished.output
+    drafts, texts = ([json.loads(line) for line in file.open()] for file in files)
+    documents = read_sources([ROOT / "configs/demonstration/handbook"])
+    assert len(drafts) == 5
+    assert all(draft in draft_questions(documents, 15, seed=42) for draft in drafts)
+    assert [row["text"] for row in texts] == without_sentences(documents, drafts)
+    with pytest.raises(UserError, match="exists, perhaps with a person's corrections"):
+        check_absent(files[0])
 
 
 @pytest.mark.parametrize("text", ["no names here, only small words and more of them.", "Two words."])

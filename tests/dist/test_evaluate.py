@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -120,6 +121,12 @@ def test_it_stops_when_patience_ends_and_exports_the_best(run: Run) -> None:
     adapter = load_file(run.folder / "adapter/adapter_model.safetensors")
     stored = load_file(run.checkpoint(best) / "model-00001.safetensors")
     assert all(adapter[name].equal(tensor) for name, tensor in stored.items())
+    probe = load_file(run.folder / "probe.safetensors")  # of what was trained last, with the best put in its place
+    base = AutoModelForCausalLM.from_pretrained(load_config(run.config).model.path, dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(base, run.folder / "adapter", low_cpu_mem_usage=True)
+    with torch.no_grad():
+        logits = reloaded(input_ids=probe["input_ids"]).logits
+    assert (logits - probe["logits"]).abs().max() <= 1e-4 * logits.abs().max()
     names = {"before", "after", *(f"step-{step:06d}" for step in scored if step)}
     assert {file.stem for file in (run.folder / "evaluation").iterdir()} == names
     assert_same(rows(run.folder / "evaluation/after.jsonl"), rows(run.folder / f"evaluation/step-{best:06d}.jsonl"))
@@ -127,7 +134,8 @@ def test_it_stops_when_patience_ends_and_exports_the_best(run: Run) -> None:
     assert f"is step {best} of {summary['steps']}, the best one" in page
 
 
-def test_what_is_over_is_over_until_it_may_go_on(run: Run, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_run_that_patience_ended_is_not_trained_again(run: Run) -> None:
     again = run.train(1)
     assert again.codes == [0], again.output
     assert f"is finished, with {run.summary()['steps']} steps" in again.output
