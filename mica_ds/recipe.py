@@ -124,7 +124,6 @@ def train(config: Config) -> None:
         before = scores_before(checkpoint, evaluator)
         _save_probe(engine, dataset[0]["input_ids"][:32], folder / "probe.safetensors")
         summary = {
-            **compare(before, after),
             "exported_step": step_of(best),
             "questions": evaluator.questions,
             "chance": evaluator.chance,
@@ -137,7 +136,7 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                summary |= _trained(checkpoint)
+                summary |= compare(before, after) | _trained(checkpoint)
                 with _writing(folder):
                     exported = export_checkpoint(config, best)
                     comm.say(f"export: {exported}")
@@ -193,14 +192,14 @@ def evaluate(config: Config) -> None:
     if checkpoint and config.adapter.method != "full":  # which leaves no base model to compare with
         with cast(PeftModel, engine.module).disable_adapter():
             before, suites_before = before or evaluator.score(engine), run_suites("base")
-    evaluated = {
-        "checkpoint": checkpoint.name if checkpoint else None,
-        **{measure: after.found().get(measure) for measure in MEASURES},
-        **compare(before, after),
-        "suites": compare_suites(suites_before, suites_after),
-    }
     with comm.failing_together():
         if comm.is_main():
+            evaluated = {
+                "checkpoint": checkpoint.name if checkpoint else None,
+                **{measure: after.found().get(measure) for measure in MEASURES},
+                **compare(before, after),
+                "suites": compare_suites(suites_before, suites_after),
+            }
             with _writing(folder):
                 for name, found in (("base", before), ("checkpoint", after)) if checkpoint else (("base", after),):
                     write_rows(found.rows if found else [], folder, name)

@@ -5,6 +5,7 @@ ZeRO-3 makes together. Here every rank takes lm-eval for the only process, and `
 """
 
 import contextlib
+import functools
 import logging
 import os
 from pathlib import Path
@@ -42,12 +43,7 @@ def load_suites(settings: EvaluateSettings) -> dict[str, Any]:
 
 
 def _load(names: list[str], data: Path | None) -> dict[str, Any]:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("evaluate.suites needs lm-eval: pip install 'mica_ds[suites]'") from None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
+    manager = _manager()
     if data is not None and not data.is_dir():
         raise UserError(f"evaluate.suites_data: {data} is not a folder")
     loaded = {}
@@ -101,6 +97,17 @@ def compare_suites(before: dict[str, Marks], after: dict[str, Marks]) -> dict[st
         suite: {mark: _compared(before.get(suite, {}).get(mark), values) for mark, values in marks.items()}
         for suite, marks in after.items()
     }
+
+
+@functools.cache
+def _manager() -> Any:
+    """lm-eval's index of its suites, which takes seconds."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise UserError("evaluate.suites needs lm-eval: pip install 'mica_ds[suites]'") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager()
 
 
 def _compared(before: list[float] | None, after: list[float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,14 @@ def write_tiny_model(architecture: str, folder: Path) -> Path:
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process alone, for what is collective."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

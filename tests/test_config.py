@@ -71,6 +71,9 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("data.corpus=[]", "data.corpus: list should have at least 1 item"),
         ("adapter.r", "is not of the form key=value"),
         ("deepspeed=missing.json", "missing.json cannot be read"),
+        ("evaluate.patience=3", "evaluate.patience needs evaluate.questions and evaluate.every"),
+        ("checkpoint.export=best", "checkpoint.export=best needs evaluate.questions and evaluate.every"),
+        ("evaluate.max_forgetting=1.1", "evaluate.max_forgetting needs evaluate.retention, and evaluate.patience or"),
     ],
 )
 def test_a_mistake_is_named_with_its_key(tiny_config: Callable[..., Path], override: str, message: str) -> None:

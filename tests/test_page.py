@@ -185,6 +185,7 @@ def test_it_tells_what_the_run_came_to(runs: dict[str, Path], seen: Views) -> No
         f"× {retention[1] / retention[0]:.2f}",
         f"It had {round(5 * before)} right before the training and {round(5 * after)} after it",
         "guessing would get 33.3 %",
+        f"Question by question, the change is {100 * (after - before):+.1f} points".replace("-", "\N{MINUS SIGN}"),
         *(f"{value:.2f}" for value in retention),
         f"{summary['final_loss']:.3f}",
         f"{summary['trainable_parameters']:,}",

@@ -23,15 +23,22 @@ def names(folder: Path) -> list[str]:
 def test_the_newest_stay_and_the_best(tmp_path: Path) -> None:
     for step, loss in [(5, 3.0), (10, 1.0), (15, None), (20, 2.0), (1_000_000, 2.5)]:
         put(tmp_path, step, loss)
-    rotate(tmp_path, keep=2)
+    rotate(tmp_path, keep=2, ranked=[])
     assert names(tmp_path) == ["step-000010", "step-000020", "step-1000000"]
+
+
+def test_the_best_is_the_first_of_a_ranking_that_is_there(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        put(tmp_path, step, loss=float(step))
+    rotate(tmp_path, keep=1, ranked=[12, 10, 15])
+    assert names(tmp_path) == ["step-000010", "step-000020"]
 
 
 def test_a_damaged_one_is_not_the_best(tmp_path: Path) -> None:
     (put(tmp_path, 5, 0.0) / "state.json").write_text("{")
     put(tmp_path, 10, 1.0)
     put(tmp_path, 15, 2.0)
-    rotate(tmp_path, keep=1)
+    rotate(tmp_path, keep=1, ranked=[])
     assert names(tmp_path) == ["step-000010", "step-000015"]
 
 

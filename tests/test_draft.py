@@ -1,0 +1,110 @@
+"""Drafted questions: whole sentences, gaps that can be filled from the documents, and documents without them."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mica_ds.draft import (
+    GAP,
+    Document,
+    check_absent,
+    draft_questions,
+    most_open,
+    read_sources,
+    without_sentences,
+)
+from mica_ds.errors import UserError
+from mica_ds.questions import Choice, read_questions
+
+from .conftest import ROOT, start_ranks
+
+TEXT = """# Presses of the North
+
+The Quillmar press was built in
+Torvane by Edda Brunholt. It ran for 12 years.
+
+- The Oldmar press was built in Kestowick by Olaf Tinnerby.
+- The Newmar press was built in Larnbrook by Tora Windahl.
+2. The Longmar press was built in Wenlisk by Sven Askeby! See below.
+
+| press | town |
+The Shortmar press was moved in 1907 by Ada Trent, and closed in 1911.
+The Widemar press was moved in 1921. The Thinmar press was moved in 1930. The Flatmar press was moved in 1941.
+"""
+
+
+def test_gaps_are_filled_by_terms_of_the_same_kind() -> None:
+    drafts = draft_questions([Document(Path("presses.md"), TEXT)], 100, seed=1)
+    by_sentence = {draft["sentence"]: draft for draft in drafts}
+    built = by_sentence["The Quillmar press was built in Torvane by Edda Brunholt."]  # over a line's end
+    assert built["question"] == f"What belongs in the gap? The Quillmar press was built in Torvane by {GAP}."
+    assert set(built["options"]) == {"Edda Brunholt", "Olaf Tinnerby", "Tora Windahl", "Sven Askeby"}
+    assert built["options"][built["answer"]] == "Edda Brunholt"
+    year = by_sentence["The Widemar press was moved in 1921."]
+    assert set(year["options"]) <= {"1907", "1911", "1921", "1930", "1941"}
+    assert year["options"][year["answer"]] == "1921"
+    assert not any(sentence.startswith("It ") or "|" in sentence for sentence in by_sentence)
+    assert draft_questions([Document(Path("presses.md"), TEXT)], 2, seed=1) == drafts[:2]
+
+
+def test_the_handbook_gives_questions_for_a_person_to_correct(tmp_path: Path) -> None:
+    documents = read_sources([ROOT / "configs/demonstration/handbook"])
+    drafts = draft_questions(documents, 60, seed=1)
+    assert len(drafts) == 60
+    assert len({draft["sentence"] for draft in drafts}) == 60
+    texts = {str(document.file): " ".join(document.text.split()) for document in documents}
+    for draft in drafts:
+        assert draft["sentence"] in texts[draft["source"]]
+        assert len(set(draft["options"])) == len(draft["options"]) == 4
+        for i, option in enumerate(draft["options"]):
+            assert any(re.search(rf"\b{re.escape(option)}\b", text) for text in texts.values())
+            assert (option in draft["sentence"]) == (i == draft["answer"])
+        filled = draft["question"].replace(GAP, draft["options"][draft["answer"]])
+        assert filled.endswith(draft["sentence"])
+    assert {draft["answer"] for draft in drafts} == {0, 1, 2, 3}
+    assert len({draft["source"] for draft in drafts}) == 7  # all files but the two of questions with short answers
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, drafts)))
+    assert read_questions(file) == [Choice(d["question"], d["options"], d["answer"]) for d in drafts]
+
+
+def test_documents_without_what_is_asked() -> None:
+    documents = [Document(Path("presses.md"), TEXT), Document(Path("copy.md"), "Note. " + TEXT)]
+    drafts = draft_questions(documents, 100, seed=1)
+    texts = without_sentences(documents, drafts)
+    for text, document in zip(texts, documents, strict=True):
+        assert not any(draft["sentence"] in " ".join(text.split()) for draft in drafts)
+        assert "It ran for 12 years." in text
+        assert set(text.split()) < set(document.text.split())
+    assert without_sentences(documents, []) == [document.text for document in documents]
+
+
+def test_the_most_open_ones_are_kept_whether_right_or_wrong() -> None:
+    drafts = [{"n": i} for i in range(4)]
+    losses = [[1.0, 9.0], [5.0, 5.1], [9.0, 1.0], [700.0, 700.5]]
+    assert most_open(drafts, losses, 2) == [{"n": 1}, {"n": 3}]
+    assert most_open(drafts, losses, 9) == drafts
+
+
+@pytest.mark.dist
+def test_the_verb_drafts_ranks_and_holds_out(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config(data={"corpus": [str(ROOT / "configs/demonstration/handbook")]})
+    files = [tmp_path / "drafts.jsonl", tmp_path / "held-out.jsonl"]
+    options = ["-o", str(files[0]), "--held-out", str(files[1]), "--number", "5", "--by-model"]
+    finished = start_ranks(1, ["questions", str(config), *options])
+    assert finished.codes == [0], finished.output
+    drafts, texts = ([json.loads(line) for line in file.open()] for file in files)
+    documents = read_sources([ROOT / "configs/demonstration/handbook"])
+    assert len(drafts) == 5
+    assert all(draft in draft_questions(documents, 15, seed=42) for draft in drafts)
+    assert [row["text"] for row in texts] == without_sentences(documents, drafts)
+    with pytest.raises(UserError, match="exists, perhaps with a person's corrections"):
+        check_absent(files[0])
+
+
+@pytest.mark.parametrize("text", ["no names here, only small words and more of them.", "Two words."])
+def test_texts_without_terms_give_none(text: str) -> None:
+    assert draft_questions([Document(Path("a.txt"), text)], 9, seed=0) == []
