@@ -26,7 +26,7 @@ def _from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_shipped_config_is_valid(file: Path) -> None:
     config = load_config(file)
     micro = config.train["per_device_train_batch_size"]
-    ranks = 2 if "smollm2" in config.model.path.name else 8 if "8b" in file.stem else 16
+    ranks = 2 if file.stem.startswith(("demonstration", "debian-history")) else 8 if "8b" in file.stem else 16
     assert config.data.global_batch % (micro * ranks) == 0
 
 

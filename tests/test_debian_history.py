@@ -1,15 +1,18 @@
-"""The study's real corpus: made once from Debian's package, and no other text in its place."""
+"""The study's real corpus, made once from Debian's package and no other text in its place; the shipped questions."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mica_ds.data import read_documents, read_jsonl
+from mica_ds import checks
+from mica_ds.config import load_config
 
 from .conftest import ROOT
 
@@ -62,7 +65,8 @@ def test_another_text_is_refused_and_the_right_one_is_cleaned(prepare: Path, tmp
     assert "4 chapters" in made.stdout
     chapter = tmp_path / "runs" / "corpus" / "debian-history" / "4-detailed.txt"
     assert chapter.read_text() == "Chapter 1. Toys\n\nA toy is named.\n- one toy\n- two\n"
-    assert not run(prepare, "/nowhere:").stdout  # it is there already
+    (tmp_path / "bin" / "apt-get").write_text("#!/bin/sh\nexit 100\n")
+    assert run(prepare, search).returncode == 0  # it is there already
 
 
 def test_a_version_that_is_gone_is_said_in_one_sentence(prepare: Path, tmp_path: Path) -> None:
@@ -70,21 +74,45 @@ def test_a_version_that_is_gone_is_said_in_one_sentence(prepare: Path, tmp_path:
     (tmp_path / "apt-get").chmod(0o755)
     finished = run(prepare, f"{tmp_path}:")
     assert finished.returncode == 1
-    assert re.fullmatch(r"corpus: apt-get gives no debian-history 2\.28, .*\n", finished.stderr)
+    assert re.fullmatch(r"corpus: apt-get gives no debian-history 2\.28: .*\n", finished.stderr)
     assert not list((tmp_path / "runs" / "corpus").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [("configs/demonstration/questions.jsonl", 72), ("configs/study/debian-history-questions.jsonl", 130)],
+)
+def test_the_shipped_questions_give_no_cue_to_the_answer(
+    file: str, count: int, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(ROOT / "configs/demonstration.yaml", [f"evaluate.questions={file}"])
+    assert checks.data_files(config)["questions"] == str(count)
+    rows = read_rows(file)
+    assert len({row["question"] for row in rows}) == count
+    assert all(len(set(row["options"])) == 4 for row in rows)
+    places = [[row["answer"] for row in rows].count(place) for place in range(4)]
+    assert max(places) - min(places) <= 1
+    right = sum(len(row["options"][row["answer"]]) for row in rows) / count
+    every = sum(len(option) for row in rows for option in row["options"]) / (4 * count)
+    assert right == pytest.approx(every, rel=0.06)
 
 
 @pytest.mark.slow
 def test_the_package_gives_the_text_that_the_questions_are_about(prepare: Path, tmp_path: Path) -> None:
     finished = run(prepare)
     assert finished.returncode == 0, finished.stderr
-    text = words(" ".join(read_documents([tmp_path / "runs" / "corpus" / "debian-history"], "data.corpus")))
-    rows = read_jsonl(ROOT / "configs/study/debian-history-questions.jsonl", "evaluate.questions")
-    for where, row in rows:
+    chapters = (tmp_path / "runs" / "corpus" / "debian-history").iterdir()
+    text = words(" ".join(chapter.read_text(encoding="utf-8") for chapter in chapters))
+    for row in read_rows("configs/study/debian-history-questions.jsonl"):
         question = words(row["question"]).split()
         runs = [" ".join(question[i : i + 7]) for i in range(len(question) - 6)]
         # No question is worded as the text; six words in a row may be the name of a body.
-        assert not [run for run in runs if f" {run} " in text], where
+        assert not [run for run in runs if f" {run} " in text]
+
+
+def read_rows(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
 
 
 def words(text: str) -> str:
