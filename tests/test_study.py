@@ -345,6 +345,7 @@ def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
         check_folder(changed, sweep(changed)[0])
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_named_and_the_others_go_on(
     study_file: Callable[..., Path], alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
