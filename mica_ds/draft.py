@@ -1,8 +1,9 @@
 """Drafts multiple-choice questions from documents, for a person to correct: a sentence with a gap.
 
-The gap is the sentence's last name or number, so that what stands before it tells most. A name is a run of capitalised
-words that are not also written small; a number's kind is the word that says what it counts. The wrong options are terms
-of the same kind from elsewhere in the documents: those that stand between the same words, then those alike in length.
+The gap is the sentence's last name or number, so that what stands before it tells most. A name is a run of words
+that are capitalised within sentences, too, and nowhere small; a number's kind is the word that says what it counts. The
+wrong options are terms of the same kind from elsewhere in the documents: those that stand between the same words, then
+those alike in length.
 Sentences that point out of themselves (It, This, …), or have no three such others, give no question.
 """
 
@@ -67,8 +68,10 @@ def draft_questions(documents: list[Document], number: int, seed: int) -> list[d
     """
     chance = random.Random(seed)
     sentences = [(document.file, sentence) for document in documents for sentence in _sentences(document)]
-    written_small = {word for _, sentence in sentences for word in _words(sentence) if word.islower()}
-    found = [(file, sentence, list(_terms(sentence, written_small))) for file, sentence in sentences]
+    within = {word for _, sentence in sentences for word in _words(sentence)[1:]}
+    small = {word for _, sentence in sentences for word in _words(sentence) if word.islower()}
+    names = {word for word in within if word[0].isupper() and len(word) > 1 and word.lower() not in small}
+    found = [(file, sentence, list(_terms(sentence, names))) for file, sentence in sentences]
     contexts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for _, sentence, terms in found:
         for term in terms:
@@ -168,19 +171,19 @@ def _words(sentence: str) -> list[str]:
     return _WORD.findall(sentence)
 
 
-def _terms(sentence: str, written_small: set[str]) -> Iterator[_Term]:
-    """The names and numbers of a sentence, from left to right."""
+def _terms(sentence: str, names: set[str]) -> Iterator[_Term]:
+    """The names and numbers of a sentence, from left to right; `names` are the words that names consist of."""
     words = list(_WORD.finditer(sentence))
     place = 0
     while place < len(words):
         word = words[place][0]
         if word[0].isdigit() or _SPELLED.fullmatch(word):
             yield _Term(word, _number_kind(words, place), *words[place].span())
-        elif _is_name(word, written_small):
+        elif word in names:
             last = place
             while (
                 last + 1 < len(words)
-                and _is_name(words[last + 1][0], written_small)
+                and words[last + 1][0] in names
                 and sentence[words[last].end() : words[last + 1].start()] == " "
             ):
                 last += 1
@@ -188,10 +191,6 @@ def _terms(sentence: str, written_small: set[str]) -> Iterator[_Term]:
             yield _Term(sentence[start:stop], f"name of {last - place + 1}", start, stop)
             place = last
         place += 1
-
-
-def _is_name(word: str, written_small: set[str]) -> bool:
-    return word[0].isupper() and len(word) > 1 and word.lower() not in written_small
 
 
 def _number_kind(words: list[re.Match[str]], place: int) -> str:
