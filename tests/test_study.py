@@ -9,19 +9,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
-import torch.distributed as dist
 import yaml
 from mlflow import MlflowClient
 from scipy.stats import binom
 
-from mica_ds import comm
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
 from mica_ds.arms import StudySettings, check_folder, load_study, sweep, trials
 from mica_ds.crew import carry_out
@@ -74,13 +72,6 @@ def study_file(tiny_config: Callable[..., Path], tmp_path: Path) -> Callable[...
 @pytest.fixture
 def study(study_file: Callable[..., Path]) -> StudySettings:
     return load_study(study_file())
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    comm.start_alone()
-    yield
-    dist.destroy_process_group()
 
 
 def test_runs_differ_in_arm_rate_and_seed_alone(study_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -354,6 +345,7 @@ def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
         check_folder(changed, sweep(changed)[0])
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_named_and_the_others_go_on(
     study_file: Callable[..., Path], alone: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
