@@ -1,6 +1,6 @@
 """Whether a run fits, and the nearest settings that do."""
 
-import os
+import math
 import shutil
 import socket
 from contextlib import suppress
@@ -78,7 +78,9 @@ def check_capacity(config: Config) -> None:
             host = min(free + sum(own for name, _, own, *_ in machines if name == host) for host, free, *_ in machines)
             gpu, nvme = min(gpu for *_, gpu, _ in machines), min(nvme for *_, nvme in machines)
             cluster = Cluster(len(set(hosts)), per_node, gpu, host, nvme)
-            if plan := _plan(config, cluster):
+            if cluster.ranks != len(hosts):
+                comm.say("warning: plan: whether the run fits is not known: nodes with different numbers of ranks")
+            elif plan := _plan(config, cluster):
                 activations = plan.passage.loss.activations
                 if plan.misfits:
                     _complain(config, cluster, plan)
@@ -112,7 +114,7 @@ def _fits(config: Config, cluster: Cluster, changes: dict[str, Any]) -> bool:
     changed, larger = replaced(config, cluster, changes)
     try:
         return not make_plan(changed, larger).misfits
-    except UserError:  # the global batch is not divisible
+    except Exception:  # the global batch is not divisible, or the model cannot be run so
         return False
 
 
@@ -159,14 +161,25 @@ def _halves(number: int, least: int) -> list[int]:
 
 
 def _host_memory() -> int:
-    """What is free on this host, or in the control group that a job runs in, where that is less."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError, StopIteration):  # no such group (of version 2), or one without a limit
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    """What is free on this host, or in the control groups that a job runs in, where that is less."""
+    free: int | float = psutil.virtual_memory().available
+    with suppress(OSError, StopIteration):  # none of version 2
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for group in (_CGROUP / own, *(_CGROUP / own).parents):
+            if group.is_relative_to(_CGROUP):
+                free = min(free, _free_in(group))
+    return int(free)
+
+
+def _free_in(group: Path) -> int | float:
+    """What a control group may still take; infinite without a limit. What it keeps of files can be given up."""
+    with suppress(OSError, ValueError, StopIteration):
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text().splitlines()
         cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        free = min(free, limit - used + cached)
-    return free
+        return limit - used + cached
+    return math.inf
 
 
 def _gpu_memory() -> int:
@@ -174,5 +187,9 @@ def _gpu_memory() -> int:
 
 
 def _nvme(config: Config) -> int:
-    path = read_deepspeed(config)["zero_optimization"].get("offload_param", {}).get("nvme_path")
-    return shutil.disk_usage(path).free if path and os.path.isdir(path) else 0
+    """What is free where DeepSpeed swaps to; it makes the folder if need be."""
+    settings = read_deepspeed(config)["zero_optimization"]
+    paths = [settings.get(section, {}).get("nvme_path") for section in ("offload_param", "offload_optimizer")]
+    folders = [Path(path).absolute() for path in paths if path]
+    existing = [next(place for place in (folder, *folder.parents) if place.is_dir()) for folder in folders]
+    return min((shutil.disk_usage(folder).free for folder in existing), default=0)

@@ -153,6 +153,9 @@ def plan(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except Exception as error:  # of the model's code, which is run without data
+        print(f"error: model.path: this model cannot be counted: {error!r}", file=sys.stderr)
+        raise typer.Exit(2) from None
     if not fits:
         raise typer.Exit(2)
 

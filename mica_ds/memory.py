@@ -19,7 +19,7 @@ from mica_ds.errors import UserError
 _GIB = 1 << 30
 _activations = 0  # bytes of a micro-batch, once they are counted
 _PHASES = {  # the first of these modules on the stack says what the memory was for
-    "mica_ds.evaluate": "evaluating",
+    "mica_ds.inference": "evaluating",
     "mica_ds.checkpoint": "writing a checkpoint",
     "transformers.trainer": "training",
     "mica_ds.basis": "computing bases",

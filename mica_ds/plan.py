@@ -304,16 +304,13 @@ def _evaluating(config: Config, zero: _Zero, passage: Passage, vocabulary: int) 
     """Logits of the model's dtype, in fp32, and their log-softmax."""
     logit = zero.itemsize + (4 if zero.itemsize != 4 else 0) + 4
     # A piece of the held-out text is scored whole, however few tokens are asked for.
-    tokens = max(config.evaluate.batch_tokens, config.data.sequence_length if config.evaluate.retention else 0)
+    held_out = config.evaluate.domain or config.evaluate.retention
+    tokens = max(config.evaluate.batch_tokens, config.data.sequence_length if held_out else 0)
     return [
         Part("live gathered layers", zero.device, passage.evaluating),
-        Part("logits", zero.device, tokens * vocabulary * logit if _scores(config) else 0),
+        Part("logits", zero.device, tokens * vocabulary * logit if held_out or config.evaluate.questions else 0),
         *_scratch(zero),
     ]
-
-
-def _scores(config: Config) -> bool:
-    return bool(config.evaluate.questions or config.evaluate.retention)
 
 
 def _scratch(zero: _Zero) -> list[Part]:

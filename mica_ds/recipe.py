@@ -103,10 +103,12 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        if comm.is_main():
-            remove_checkpoints(folder / "checkpoints", after=step)
-            remove_rows(folder, after=step)
-            (folder / SUMMARY).unlink(missing_ok=True)
+        with comm.failing_together():
+            if comm.is_main():
+                with writing(folder):
+                    remove_checkpoints(folder / "checkpoints", after=step)
+                    remove_rows(folder, after=step)
+                    (folder / SUMMARY).unlink(missing_ok=True)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
@@ -238,12 +240,13 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
 
 def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     """The base model's loss of each option of the drafts. Collective."""
-    args = training_arguments(config)
+    with comm.failing_together():
+        args, tokenizer = training_arguments(config), load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "drafts.jsonl"
         write_jsonl(drafts, file)
         settings = EvaluateSettings(questions=file, batch_tokens=config.evaluate.batch_tokens)
-        evaluator = Evaluator(settings, load_tokenizer(config.model), config.data.sequence_length)
+        evaluator = Evaluator(settings, tokenizer, config.data.sequence_length)
     scores = evaluator.score(inference_engine(_load(config, None)[0], args))
     return [row["losses"] for row in scores.rows]
 
@@ -291,7 +294,9 @@ def _open_run_folder(config: Config) -> Path:
 def _checkpoint(config: Config) -> Path | None:
     """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective."""
     newest = find_checkpoint(config.output_dir / "checkpoints")
-    return exported_checkpoint(config, newest, read_history(newest)) if newest else None
+    if newest is None or config.checkpoint.export == "last":
+        return newest
+    return exported_checkpoint(config, newest, read_history(newest))
 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:

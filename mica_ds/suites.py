@@ -18,6 +18,7 @@ from mica_ds.config import EvaluateSettings
 from mica_ds.errors import UserError
 from mica_ds.inference import Runner, Sequence
 from mica_ds.scores import write_rows
+from mica_ds.shelf import writing
 from mica_ds.statistics import accuracy_interval, paired_interval
 
 _MARKS = ("acc", "acc_norm")
@@ -84,7 +85,8 @@ def score_suites(loaded: dict[str, Any], runner: Runner, model: nn.Module, folde
         rows = [{key: sample[key] for key in keys} for sample in samples]
         with comm.failing_together():
             if comm.is_main():
-                write_rows(rows, folder, f"{name}-{suite}")
+                with writing(folder):
+                    write_rows(rows, folder, f"{name}-{suite}")
     return found
 
 

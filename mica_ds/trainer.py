@@ -30,7 +30,7 @@ from mica_ds.meter import Meter
 from mica_ds.packing import check_separation
 from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
 from mica_ds.scores import Scores, is_scored, write_rows
-from mica_ds.shelf import read_state
+from mica_ds.shelf import read_state, writing
 from mica_ds.tracking import Tracker
 
 
@@ -160,7 +160,8 @@ class RunCallback(TrainerCallback):
         self.scores = step, scores
         with comm.failing_together():
             if comm.is_main():
-                write_rows(scores.rows, self._folder, f"step-{step:06d}" if step else "before")
+                with writing(self._folder):
+                    write_rows(scores.rows, self._folder, f"step-{step:06d}" if step else "before")
         control.should_save |= self.ranked(state)[:1] == [step]
         if step < state.max_steps and is_out_of_patience(state.log_history, self._settings):
             control.should_training_stop = True

@@ -117,7 +117,7 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     norms = {f"norm_A/{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")}
     assert found.data.metrics.keys() >= {"learning_rate", "grad_norm", *costs, *norms}
     top = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
-    files = {"config.yaml", "zero3-offload-cpu.json", "environment.txt", "summary.json", "report.html"}
+    files = {"config.yaml", "data.json", "zero3-offload-cpu.json", "environment.txt", "summary.json", "report.html"}
     assert top == files | {"loss.png", "scores.png", "spectrum.png", "basis", "adapter"}
     fingerprint, tags = manifest(run)["fingerprint"], found.data.tags
     assert tags["fingerprint.basis"] == fingerprint != tags["fingerprint.model"]
