@@ -20,6 +20,7 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 from mica_ds import comm
 from mica_ds.adapter import lora_parameters, target_modules
+from mica_ds.arguments import accumulation_steps, training_arguments
 from mica_ds.config import Config, read_deepspeed
 from mica_ds.documents import PDF, Broken, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
@@ -31,7 +32,6 @@ from mica_ds.parallelism import check_parallelism
 from mica_ds.questions import read_questions
 from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
-from mica_ds.trainer import accumulation_steps, training_arguments
 from mica_ds.weights import open_checkpoint, stored_tensor
 
 _GIB = 1 << 30

@@ -13,12 +13,12 @@ from torch import nn
 
 from mica_ds import exchange, factor
 from mica_ds.adapter import adapter_skeleton, target_modules
+from mica_ds.arguments import accumulation_steps
 from mica_ds.config import AdapterSettings, Config, ModelSettings, read_deepspeed
 from mica_ds.footprint import Batch, Footprint, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, Moment, Passage, pass_through
 from mica_ds.model import DTYPES, load_skeleton
 from mica_ds.shards import Matrix, matrix_of
-from mica_ds.trainer import accumulation_steps
 
 GIB, MIB = 1 << 30, 1 << 20
 USABLE = 0.95

@@ -19,6 +19,7 @@ from mica_ds.adapter import (
     stored_targets,
     target_modules,
 )
+from mica_ds.arguments import accumulation_steps, total_steps, training_arguments
 from mica_ds.basis import Basis, build_basis, warnings
 from mica_ds.capacity import check_capacity
 from mica_ds.checkpoint import load_trained, read_history, tensor_files
@@ -36,9 +37,9 @@ from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, l
 from mica_ds.overlap import counts, write_report
 from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
-from mica_ds.page import write_page
 from mica_ds.parallelism import check_parallelism
-from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation, write_summary
+from mica_ds.record import record, trained
+from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
     attach,
     checked_weights,
@@ -50,12 +51,12 @@ from mica_ds.resume import (
     scores_before,
     start_point,
 )
-from mica_ds.scores import MEASURES, Scores, compare, course, is_scored, remove_rows, write_rows
+from mica_ds.scores import MEASURES, Scores, compare, is_scored, remove_rows, write_rows
 from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import check_origin, find_checkpoint, read_state, remove_checkpoints, step_of, writing
+from mica_ds.shelf import check_origin, find_checkpoint, remove_checkpoints, step_of, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
-from mica_ds.trainer import accumulation_steps, build_trainer, inference_engine, total_steps, training_arguments
+from mica_ds.trainer import build_trainer, inference_engine
 from mica_ds.weights import open_checkpoint
 
 
@@ -147,13 +148,13 @@ def train(config: Config) -> None:
         }
         with comm.failing_together():
             if comm.is_main():
-                summary |= compare(before, after) | _trained(checkpoint)
+                summary |= compare(before, after) | trained(checkpoint)
                 with writing(folder):
                     exported = export_checkpoint(config, best)
                     comm.say(f"export: {exported}")
                     for name, found in (("before", before), ("after", after)):
                         write_rows(found.rows if found else [], folder, name)
-                    _record(config, summary, history, basis, exported, tracker)
+                    record(config, summary, history, basis, exported, tracker)
                 print_summary(summary, config)
 
 
@@ -339,17 +340,6 @@ def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
         save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
 
 
-def _trained(checkpoint: Path) -> dict[str, Any]:
-    """The figures of the training itself, over all starts of the run. Local."""
-    state, history = read_state(checkpoint), read_history(checkpoint)
-    return {
-        **{key: value for key, value in state["run"].items() if key != "before"},
-        "tokens_per_second": state["run"]["tokens"] / state["run"]["train_seconds"],
-        "final_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
-        "steps": state["step"],
-    }
-
-
 def _last_scores(
     evaluator: Evaluator,
     engine: nn.Module,
@@ -366,46 +356,3 @@ def _last_scores(
         tracker.metrics(scores.found(), step)
         history.append({**scores.found(), "step": step})
     return scores
-
-
-def _record(
-    config: Config,
-    summary: dict[str, Any],
-    history: list[dict[str, float]],
-    basis: Basis | None,
-    exported: Path,
-    tracker: Tracker,
-) -> None:
-    """Write the plots, the report and at last the summary, and log them with the rest of the run. Local, on rank 0."""
-    folder = config.output_dir
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    figures.plot_loss(
-        [int(step) for step, _ in losses],
-        [loss for _, loss in losses],
-        folder / "loss.png",
-    )
-    tracker.artifact(folder / "loss.png")
-    if scores := figures.plot_scores(course(history, summary), folder / "scores.png"):
-        tracker.artifact(scores)
-    if basis:
-        figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
-        tracker.artifact(folder / "spectrum.png")
-    if config.adapter.method != "full":  # a whole model stays in the run folder
-        tracker.artifact(exported, under="adapter")
-        if config.tracking.register_as:
-            tracker.register(config.tracking.register_as, under="adapter")
-    numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
-    ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
-    ends = {
-        f"{key}_{end}": value
-        for key, (low, high) in summary["intervals"].items()
-        for end, value in (("low", low), ("high", high))
-    }
-    changes = {
-        f"{key}_change{end}": value
-        for key, found in summary["changes"].items()
-        for end, value in zip(("", "_low", "_high"), found, strict=True)
-    }
-    tracker.metrics({**numbers, **ranks, **ends, **changes}, step=summary["steps"])
-    tracker.artifact(write_page(config, summary, history, basis.manifest if basis else None))
-    tracker.artifact(write_summary(summary, folder))

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import deepspeed_init
 from mica_ds import comm, signals
 from mica_ds.best import is_out_of_patience, ranked_steps
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, restore_random_state, save_checkpoint
-from mica_ds.config import Config, read_deepspeed, recomputes_activations
+from mica_ds.config import Config
 from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
@@ -28,75 +28,10 @@ from mica_ds.loss import tile_loss
 from mica_ds.memory import trim
 from mica_ds.meter import Meter
 from mica_ds.packing import check_separation
-from mica_ds.parallelism import collator, parallelism, share_batches, token_loss
+from mica_ds.parallelism import collator, share_batches, token_loss
 from mica_ds.scores import Scores, is_scored, write_rows
 from mica_ds.shelf import read_state, writing
 from mica_ds.tracking import Tracker
-
-
-def accumulation_steps(config: Config, ranks: int) -> int:
-    """Micro-batches that each rank adds up for one step of the global batch. Local.
-
-    Raises: UserError where the ranks cannot divide the global batch.
-    """
-    micro = _arguments(config)["per_device_train_batch_size"]
-    steps, rest = divmod(config.data.global_batch, micro * ranks)
-    if rest or not steps:
-        raise UserError(
-            f"data.global_batch={config.data.global_batch} is not divisible by "
-            f"{ranks} ranks × train.per_device_train_batch_size={micro}"
-        )
-    # Ranks that share sequences take together what each would take alone.
-    return steps * config.data.sequence_parallel
-
-
-def total_steps(args: TrainingArguments, dataset: Sequences, global_batch: int) -> int:
-    """The steps of the whole run, as the Trainer counts them. Local."""
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * (len(dataset) // global_batch))
-
-
-def training_arguments(config: Config, accumulation: int = 1) -> TrainingArguments:
-    """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
-
-    Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
-    """
-    if config.model.offload_activations and not recomputes_activations(config):
-        raise UserError(
-            "model.offload_activations needs train.activation_checkpointing=true: it offloads what that saves"
-        )
-    deepspeed = read_deepspeed(config)
-    if "offload_optimizer" in deepspeed["zero_optimization"]:
-        comm.require_compiler()
-    try:
-        return TrainingArguments(
-            **_arguments(config),
-            output_dir=str(config.output_dir / "checkpoints"),
-            gradient_accumulation_steps=accumulation,
-            deepspeed=deepspeed,
-            parallelism_config=parallelism(config),
-            bf16=config.model.dtype == "bfloat16",
-            use_cpu=not torch.cuda.is_available(),
-            report_to=[],
-            label_names=["labels"],
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
-
-
-def _arguments(config: Config) -> dict[str, Any]:
-    """The config's `train:` over our own defaults."""
-    return {
-        "per_device_train_batch_size": 1,
-        "logging_steps": 1,
-        "save_strategy": "steps",
-        "save_steps": 0.05,  # of all steps: what a crash loses at most
-        "logging_nan_inf_filter": False,  # with it a loss that is not finite is logged as the mean of those before
-        "lr_scheduler_type": "cosine",
-        **config.train,
-    }
 
 
 class RunCallback(TrainerCallback):

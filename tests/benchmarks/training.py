@@ -131,7 +131,8 @@ def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds.shards import PartitionSource
     from mica_ds.shelf import remove_checkpoints
     from mica_ds.tracking import Tracker
-    from mica_ds.trainer import accumulation_steps, build_trainer, training_arguments
+    from mica_ds.arguments import accumulation_steps, training_arguments
+    from mica_ds.trainer import build_trainer
 
     comm.start()
     config, meter = settings(folder, dtype), Meter()

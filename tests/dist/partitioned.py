@@ -13,7 +13,7 @@ def main() -> None:
     from mica_ds.config import load_config
     from mica_ds.model import load_model
     from mica_ds.shards import PartitionSource
-    from mica_ds.trainer import training_arguments
+    from mica_ds.arguments import training_arguments
 
     config = load_config(Path(sys.argv[1]), sys.argv[2:])
     arguments = training_arguments(config)  # kept alive: zero.Init reads its DeepSpeed settings

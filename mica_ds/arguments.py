@@ -1,0 +1,78 @@
+"""transformers' `TrainingArguments` of a config, and the steps that follow from it."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mica_ds import comm
+from mica_ds.config import Config, read_deepspeed, recomputes_activations
+from mica_ds.data import Sequences
+from mica_ds.errors import UserError
+from mica_ds.parallelism import parallelism
+
+
+def accumulation_steps(config: Config, ranks: int) -> int:
+    """Micro-batches that each rank adds up for one step of the global batch. Local.
+
+    Raises: UserError where the ranks cannot divide the global batch.
+    """
+    micro = _arguments(config)["per_device_train_batch_size"]
+    steps, rest = divmod(config.data.global_batch, micro * ranks)
+    if rest or not steps:
+        raise UserError(
+            f"data.global_batch={config.data.global_batch} is not divisible by "
+            f"{ranks} ranks × train.per_device_train_batch_size={micro}"
+        )
+    # Ranks that share sequences take together what each would take alone.
+    return steps * config.data.sequence_parallel
+
+
+def total_steps(args: TrainingArguments, dataset: Sequences, global_batch: int) -> int:
+    """The steps of the whole run, as the Trainer counts them. Local."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * (len(dataset) // global_batch))
+
+
+def training_arguments(config: Config, accumulation: int = 1) -> TrainingArguments:
+    """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
+
+    Must be alive before the model is built: zero.Init takes its settings from here.
+    Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
+    """
+    if config.model.offload_activations and not recomputes_activations(config):
+        raise UserError(
+            "model.offload_activations needs train.activation_checkpointing=true: it offloads what that saves"
+        )
+    deepspeed = read_deepspeed(config)
+    if "offload_optimizer" in deepspeed["zero_optimization"]:
+        comm.require_compiler()
+    try:
+        return TrainingArguments(
+            **_arguments(config),
+            output_dir=str(config.output_dir / "checkpoints"),
+            gradient_accumulation_steps=accumulation,
+            deepspeed=deepspeed,
+            parallelism_config=parallelism(config),
+            bf16=config.model.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            report_to=[],
+            label_names=["labels"],
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """The config's `train:` over our own defaults."""
+    return {
+        "per_device_train_batch_size": 1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 0.05,  # of all steps: what a crash loses at most
+        "logging_nan_inf_filter": False,  # with it a loss that is not finite is logged as the mean of those before
+        "lr_scheduler_type": "cosine",
+        **config.train,
+    }
