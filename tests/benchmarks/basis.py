@@ -127,11 +127,11 @@ def time_smollm2(folder: Path) -> Found:
     from peft import LoraConfig, get_peft_model
 
     from mica_ds.adapter import target_modules
+    from mica_ds.arguments import training_arguments
     from mica_ds.basis import build_basis
     from mica_ds.config import load_config
     from mica_ds.model import load_model
     from mica_ds.shards import PartitionSource
-    from mica_ds.arguments import training_arguments
 
     overrides = [f"model.path={ROOT}/models/smollm2-135m", f"output_dir={folder}/run", f"adapter.r={R}"]
     config = load_config(ROOT / "configs/demonstration.yaml", overrides)

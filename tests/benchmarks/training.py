@@ -124,6 +124,7 @@ def compute_bases(folder: Path, dtype: str) -> None:
 def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds import comm
     from mica_ds.adapter import attach_adapter, target_modules
+    from mica_ds.arguments import accumulation_steps, training_arguments
     from mica_ds.basis import build_basis
     from mica_ds.data import build_dataset
     from mica_ds.evaluate import Evaluator
@@ -131,7 +132,6 @@ def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds.shards import PartitionSource
     from mica_ds.shelf import remove_checkpoints
     from mica_ds.tracking import Tracker
-    from mica_ds.arguments import accumulation_steps, training_arguments
     from mica_ds.trainer import build_trainer
 
     comm.start()

@@ -9,11 +9,11 @@ from mica_ds import comm
 
 def main() -> None:
     from mica_ds.adapter import target_modules  # these import DeepSpeed, which wants to be started first
+    from mica_ds.arguments import training_arguments
     from mica_ds.basis import build_basis
     from mica_ds.config import load_config
     from mica_ds.model import load_model
     from mica_ds.shards import PartitionSource
-    from mica_ds.arguments import training_arguments
 
     config = load_config(Path(sys.argv[1]), sys.argv[2:])
     arguments = training_arguments(config)  # kept alive: zero.Init reads its DeepSpeed settings
