@@ -107,6 +107,9 @@ def _serve(link: socket.socket) -> dict[str, Any] | None:
 
 def main() -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `comm.start` does
+    import torch
+    from threadpoolctl import threadpool_limits
+
     import mica_ds.recipe  # noqa: F401
 
     del sys.modules["mlflow"]
@@ -115,6 +118,9 @@ def main() -> None:
         os.chdir(order["cwd"])
         os.environ.clear()
         os.environ.update(order["env"])
+        if "OMP_NUM_THREADS" in os.environ:  # which libraries read as they are imported
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))
         time.tzset()
         sys.argv = [order["module"], *order["arguments"]]
         runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
