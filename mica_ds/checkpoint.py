@@ -21,9 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mica_ds import comm
 from mica_ds.errors import UserError
+from mica_ds.files import file_hash
 from mica_ds.optimizer import MASTER, MOMENTS, fill_states, gather_states, optimizer_step
 from mica_ds.shards import fill_partition
-from mica_ds.shelf import STATE, checkpoint_folder, file_hash, read_state, rotate, sync
+from mica_ds.shelf import STATE, checkpoint_folder, read_state, rotate, sync
 from mica_ds.weights import open_checkpoint
 
 _RANDOM, _FROZEN = "random.json", "frozen.safetensors"

@@ -21,8 +21,9 @@ from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from mica_ds import comm
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.arguments import accumulation_steps, training_arguments
+from mica_ds.chat import ChatError, encode_chat
 from mica_ds.config import Config, read_deepspeed
-from mica_ds.documents import PDF, Broken, find_files, read, read_documents, split, stored_files, where
+from mica_ds.documents import PDF, Broken, Document, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
 from mica_ds.links import device
 from mica_ds.memory import readable
@@ -32,6 +33,7 @@ from mica_ds.parallelism import check_parallelism
 from mica_ds.questions import read_questions
 from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
+from mica_ds.suites import open_suites
 from mica_ds.weights import open_checkpoint, stored_tensor
 
 _GIB = 1 << 30
@@ -104,28 +106,30 @@ def compiled_ops(config: Config) -> str:
     return ", ".join(builder.name for builder in builders) or "none needed"
 
 
-def shared_folder(config: Config, token: str) -> str:
-    """Write to the run folder, and see there what rank 0 has written: a file named by `token`."""
-    folder = config.output_dir
-    mine = token_file(config, token) if comm.is_main() else folder / f".{token}-{comm.rank()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mine.touch()
-        if not comm.is_main():
-            mine.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+def shared_folders(config: Config, token: str) -> str:
+    """Write to the run folder and the token cache, and see there what rank 0 has written: a file named by `token`."""
+    files = token_files(config, token)
+    for key, file in files.items():  # all of rank 0's, before any is waited for
+        mine = file if comm.is_main() else file.with_name(f"{file.name}-{comm.rank()}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+            if not comm.is_main():
+                mine.unlink()
+        except OSError as error:
+            raise UserError(f"{key}: {file.parent} cannot be written: {error.strerror}") from None
     deadline = time.monotonic() + _VISIBLE
-    while not token_file(config, token).exists():
-        if time.monotonic() > deadline:
-            raise UserError(f"output_dir: {folder} is not the folder that rank 0 writes to")
-        time.sleep(0.1)
-    return f"{folder.absolute()} is one folder, and writable"
+    for key, file in files.items():
+        while not file.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"{key}: {file.parent} is not the folder that rank 0 writes to")
+            time.sleep(0.1)
+    return "; ".join(f"{file.parent.absolute()} is one folder, and writable" for file in files.values())
 
 
-def token_file(config: Config, token: str) -> Path:
-    """What rank 0 writes for the others to see."""
-    return config.output_dir / f".{token}"
+def token_files(config: Config, token: str) -> dict[str, Path]:
+    """What rank 0 writes for the others to see, by the setting that names its folder."""
+    return {"output_dir": config.output_dir / f".{token}", "data.cache": config.data.cache / f".{token}"}
 
 
 def room(config: Config) -> str:
@@ -164,7 +168,7 @@ def model_files(config: Config) -> dict[str, str]:
 
 
 def data_files(config: Config) -> dict[str, str]:
-    """Whether documents, replay, questions and held-out text are there and can be read; of much text, some."""
+    """Whether documents, replay, questions, held-out text and suites are there and can be read; of much text, some."""
     data, scored = config.data, config.evaluate
     found = {f"corpus {i}": _volume(config, source.path, "data.corpus") for i, source in enumerate(data.corpus, 1)}
     found |= {f"replay {i}": _volume(config, source.path, "data.replay") for i, source in enumerate(data.replay, 1)}
@@ -174,6 +178,9 @@ def data_files(config: Config) -> dict[str, str]:
             found[key] = f"{len(texts)} documents of {sum(map(len, texts)):,} characters"
     if scored.questions:
         found["questions"] = str(len(read_questions(scored.questions)))
+    if scored.suites:
+        open_suites(scored.suites if comm.is_main() else [], scored.suites_data)  # only rank 0 converts their data
+        found["suites"] = ", ".join(scored.suites)
     return found
 
 
@@ -241,11 +248,13 @@ def _volume(config: Config, source: Path, key: str) -> str:
     """The size of a source; a document is refused or counted as broken, as the config says."""
     files = find_files(source, key)
     sizes = [sum(inner.stat().st_size for inner in stored_files(file)) for file in files]
-    documents, broken, budget = 0, 0, _READ
+    documents, broken, budget, has_chat = 0, 0, _READ, False
     for file, size in zip(files, sizes, strict=True):
         parts = split(file)
         for part in parts:
             for document in read(part):
+                if isinstance(document, Document) and document.messages is not None and not has_chat:
+                    document, has_chat = _rendered(document, config), True
                 if not isinstance(document, Broken):
                     documents += bool(document.text.strip())
                 elif config.data.broken == "skip":
@@ -259,3 +268,12 @@ def _volume(config: Config, source: Path, key: str) -> str:
         raise UserError(f"{key}: {source} holds no text")
     left_out = f", {broken} broken" if broken else ""
     return f"{documents} documents in {len(files)} files of {sum(sizes):,} bytes{left_out}"
+
+
+def _rendered(chat: Document, config: Config) -> Document | Broken:
+    """A chat, or why the tokenizer's template does not take it. Raises: UserError where there is no template."""
+    try:
+        encode_chat(chat.messages, load_tokenizer(config.model))
+    except ChatError as error:
+        return Broken(chat.place, str(error))
+    return chat

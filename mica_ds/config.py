@@ -72,7 +72,7 @@ class Source(Section):
     path: Path
     """A file (.txt, .md, .html, .pdf; .jsonl or .parquet with rows of `text` or `messages`), a dataset saved by
     `save_to_disk`, or a folder of them."""
-    weight: PositiveFloat = 1
+    weight: float = Field(default=1, gt=0, allow_inf_nan=False)
     """How many times each of its sequences comes in a pass over the data; 0.5 takes a random half of them, once."""
 
     @model_validator(mode="before")

@@ -1,15 +1,13 @@
 """What files hold, as a SHA-256 of each, which is computed again only where a file has changed."""
 
-import hashlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mica_ds.files import partial
+from mica_ds.files import file_hash, replacing
 
 _SETTLED = 2  # seconds that a file must be old for its times to tell whether it has changed
 
@@ -28,9 +26,8 @@ def hash_files(files: list[Path], index: Path) -> dict[Path, str]:
     if any(known.get(file) != looks for file, looks in fresh.items()):
         with suppress(OSError):  # one that cannot be written serves all the same
             index.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = partial(index)
-            unfinished.write_text(json.dumps(known | fresh))
-            os.replace(unfinished, index)
+            with replacing(index, is_shared=True) as partial:
+                partial.write_text(json.dumps(known | fresh))
     return {file: looks[-1] for file, looks in zip(files, found, strict=True)}
 
 
@@ -42,8 +39,7 @@ def _look(file: Path, known: dict[str, list[Any]]) -> list[Any]:
         before = known.get(str(file.absolute()))
         if before and before[:3] == looks:
             return before
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
+        content = file_hash(file)
     except OSError as error:
         return [None, f"unreadable: {error.strerror}"]
     # A file that is written to while we look may keep its times.

@@ -23,6 +23,7 @@ from mica_ds.config import Config
 from mica_ds.errors import UserError
 from mica_ds.links import Judgement
 
+_DATA = 300  # seconds: lm-eval opens a suite of many parts, such as mmlu, in minutes
 _COMPILING = 600  # seconds; a compiler that is not waited for leaves a lock that later starts would wait at
 
 
@@ -62,9 +63,10 @@ def examine(config: Config) -> list[Result]:
     """Take all checks, without loading a weight; a look that hangs or raises is a finding, too. Collective."""
     token = comm.gather(f"doctor-{secrets.token_hex(8)}")[0]
     results = [_take(check) for check in _checks(config, token)]
-    with suppress(OSError):
-        checks.token_file(config, token).unlink(missing_ok=True)
-        config.output_dir.rmdir()  # only an empty one: a run's is not
+    for file in checks.token_files(config, token).values():
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()  # only an empty one: a run's is not
     return results
 
 
@@ -113,13 +115,19 @@ def _checks(config: Config, token: str) -> list[Check]:
         ),
         Check("deepspeed", of(checks.deepspeed_settings), "change the setting, or the number of ranks"),
         Check(
-            "run folder",
-            lambda: checks.shared_folder(config, token),
-            "set output_dir to storage that all nodes mount at one path",
+            "folders",
+            lambda: checks.shared_folders(config, token),
+            "set output_dir and data.cache to storage that all nodes mount at one path",
         ),
         Check("room", of(checks.room), "make room, or lower checkpoint.keep or adapter.r"),
         Check("model", of(checks.model_files), "copy the model again, the same to all nodes", links.alike),
-        Check("data", of(checks.data_files), "correct the file, and give all nodes the same", links.alike),
+        Check(
+            "data",
+            of(checks.data_files),
+            "correct the file, and give all nodes the same",
+            links.alike,
+            limit=_DATA,
+        ),
         Check("tracker", of(checks.tracker), "start the server, or correct tracking.uri and its credentials"),
     ]
 

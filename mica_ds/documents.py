@@ -140,15 +140,25 @@ def read(part: Part) -> Iterator[Document | Broken]:
 
 def where(file: Path, place: int) -> str:
     """How to name a document or what is broken: `FILE`, `FILE, line N` or `FILE, row N`. Local."""
-    if place < 0:
-        return str(file)
-    if file.suffix.lower() != ".jsonl" or file.is_dir():
-        return f"{file}, row {place + 1}"
-    lines, left = 1, place
+    return where_all(file, [place])[0]
+
+
+def where_all(file: Path, places: list[int]) -> list[str]:
+    """The same of several places of a file, in rising order, for which it is read once. Local."""
+    if max(places, default=-1) < 0 or file.suffix.lower() != ".jsonl" or file.is_dir():
+        return [str(file) if place < 0 else f"{file}, row {place + 1}" for place in places]
+    found, line, done = [], 1, 0
     with file.open("rb") as opened:
-        while left and (piece := opened.read(min(left, _BYTES))):
-            lines, left = lines + piece.count(b"\n"), left - len(piece)
-    return f"{file}, line {lines}"
+        for place in places:
+            while done < place and (piece := opened.read(min(place - done, _BYTES))):
+                line, done = line + piece.count(b"\n"), done + len(piece)
+            found.append(str(file) if place < 0 else f"{file}, line {line}")
+    return found
+
+
+def refusal(key: str, file: Path, place: int, reason: str) -> UserError:
+    """What to raise where something is broken and must not be skipped. Local."""
+    return UserError(f"{key}: {where(file, place)} {reason}; mend or remove it, or set data.broken=skip")
 
 
 def read_documents(sources: list[Path], key: str) -> list[str]:

@@ -9,7 +9,6 @@ Sentences that point out of themselves (It, This, …), or have no three such ot
 
 import json
 import math
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -18,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mica_ds.documents import read_documents, source_files
+from mica_ds import comm
+from mica_ds.documents import Broken, find_files, read, refusal, split, where_all
 from mica_ds.errors import UserError
+from mica_ds.files import replacing
 
 WRONG = 3  # options besides the right one
 GAP = "____"
@@ -54,11 +55,25 @@ class _Term:
     stop: int
 
 
-def read_sources(sources: list[Path]) -> list[Document]:
-    """The documents of the config's `data.corpus`, with their files. Local. Raises: UserError."""
-    read_documents(sources, "data.corpus")  # a source that is missing or holds no text is refused as in training
-    files = [file for source in sources for file in source_files(source) if file.stat().st_size]
-    return [Document(file, text) for file in files for text in read_documents([file], "data.corpus")]
+def read_sources(sources: list[Path], may_skip: bool) -> list[Document]:
+    """The documents of the config's `data.corpus`, with their files, without empty ones. Local.
+
+    `may_skip` leaves out what is broken, and names it. Raises: UserError where a source is missing, something in it is
+    broken, or there is no text.
+    """
+    documents: list[Document] = []
+    for file in (file for source in sources for file in find_files(source, "data.corpus")):
+        found = [each for part in split(file) for each in read(part)]
+        documents += [Document(file, each.text) for each in found if not isinstance(each, Broken) and each.text.strip()]
+        broken = sorted((each.place, each.reason) for each in found if isinstance(each, Broken))
+        if broken and not may_skip:
+            raise refusal("data.corpus", file, *broken[0])
+        names = where_all(file, [place for place, _ in broken])
+        for name, (_, reason) in zip(names, broken, strict=True):
+            comm.say(f"warning: left out: {name} {reason}")
+    if not documents:
+        raise UserError(f"data.corpus: {', '.join(map(str, sources))} holds no text")
+    return documents
 
 
 def draft_questions(documents: list[Document], number: int, seed: int) -> list[dict[str, Any]]:
@@ -141,11 +156,10 @@ def check_absent(file: Path) -> None:
 
 def write_jsonl(rows: list[dict[str, Any]], file: Path) -> None:
     """Write a file, whole or not at all. Local, on one rank. Raises: UserError."""
-    partial = file.with_name(f"{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
 

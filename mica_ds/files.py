@@ -1,11 +1,15 @@
-"""Files that are whole or absent, and folders that several jobs work on at once."""
+"""Files that are whole or absent, their hashes, and folders that several jobs work on at once."""
 
 import fcntl
+import hashlib
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 
 @contextmanager
@@ -27,6 +31,22 @@ def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
 def partial(target: Path) -> Path:
     """Where to write what is to become `target`: a name that no other job writes to. Local."""
     return target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
+
+
+def abandoned(target: Path) -> list[Path]:
+    """What is left at names that `partial` gave to processes of this host which are gone. Local.
+
+    Those of other hosts may still write: not every file system's locks reach over hosts.
+    """
+    name = re.compile(re.escape(f"{target.name}.{socket.gethostname()}-") + r"(\d+)\.partial")
+    found = ((file, name.fullmatch(file.name)) for file in target.parent.iterdir())
+    return [file for file, match in found if match and not psutil.pid_exists(int(match[1]))]
+
+
+def file_hash(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits. Local."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextmanager

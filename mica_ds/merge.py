@@ -25,11 +25,12 @@ from mica_ds.adapter import factor_name, stored_targets
 from mica_ds.checkpoint import factor_files
 from mica_ds.config import Config, fixed_settings
 from mica_ds.errors import UserError
+from mica_ds.files import file_hash
 from mica_ds.fingerprint import WEIGHTS, fingerprint_parameters, label, mixed_sum
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, load_skeleton
 from mica_ds.pieces import PIECE, Piece, cut, read, share
-from mica_ds.shelf import STATE, check_origin, file_hash, put_in_place, read_state, sync, writing
+from mica_ds.shelf import STATE, check_origin, put_in_place, read_state, sync, writing
 from mica_ds.weights import StoredTensor, open_checkpoint, stored_tensor
 
 MANIFEST = "merge.json"

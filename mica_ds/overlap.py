@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from mica_ds.config import Config
 from mica_ds.data import Sequences
 from mica_ds.documents import read_jsonl
 from mica_ds.encoding import SHINGLE, SIGNATURE, hash_ngrams, hash_words
+from mica_ds.files import replacing
 from mica_ds.tokens import Tokens
 
 REPORT = "data.json"
 SIMILAR = 0.8
-"""Share of their shingles that two documents have in common, from which one counts as a near-duplicate."""
+"""Share of two signatures that is the same, from which the later document, if compared, is a near-duplicate."""
 NGRAM = 8
 """Words in a row by which a question is looked for in the corpus; of a shorter one all, if it has SHORTEST."""
 SHORTEST = 4
@@ -52,9 +52,9 @@ def examine(config: Config, dataset: Sequences) -> dict[str, Any]:
 
 def write_report(found: dict[str, Any], folder: Path) -> Path:
     """Write `data.json`, whole or not at all, and return its path. Local, on one rank."""
-    file, partial = folder / REPORT, folder / f"{REPORT}.partial"
-    partial.write_text(json.dumps(found, indent=1))
-    os.replace(partial, file)
+    file = folder / REPORT
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(found, indent=1))
     return file
 
 
@@ -99,7 +99,8 @@ def _compared(corpus: list[Tokens], questions: list[str]) -> dict[str, Any]:
     return {
         "near_duplicates": {
             "number": len(pairs),
-            "method": f"MinHash of {SIGNATURE} over {SHINGLE} words in a row, similarity at least {SIMILAR}",
+            "method": f"MinHash of {SIGNATURE} over {SHINGLE} words in a row, estimated similarity at least {SIMILAR}; "
+            f"compared are only documents that share one of {_BANDS} bands",
             "first": [
                 {"document": _name(corpus, later), "repeats": _name(corpus, earlier)}
                 for later, earlier in sorted(pairs.items())[:_NAMED]

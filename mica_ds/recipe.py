@@ -224,7 +224,7 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
     with comm.failing_together():
         for file in filter(None, (output, held_out)):
             check_absent(file)
-        documents = read_sources([source.path for source in config.data.corpus])
+        documents = read_sources([source.path for source in config.data.corpus], config.data.broken == "skip")
         seed = config.train.get("seed", TrainingArguments.seed)
         drafts = draft_questions(documents, 3 * number if by_model else number, seed)
         if not drafts:

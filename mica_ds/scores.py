@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mica_ds.files import replacing
 from mica_ds.statistics import accuracy_interval, paired_interval
 
 FOLDER = "evaluation"
@@ -59,10 +59,9 @@ def write_rows(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
     if not rows:
         return
     file = folder / FOLDER / f"{name}.jsonl"
-    partial = file.with_name(f"{file.name}.partial")
     file.parent.mkdir(exist_ok=True)
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def remove_rows(folder: Path, after: int) -> None:

@@ -1,6 +1,5 @@
 """A folder of checkpoints: which are whole, which one to go on from, and which stay."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 
 from mica_ds import comm
 from mica_ds.errors import UserError
+from mica_ds.files import file_hash
 
 STATE = "state.json"
 _PARTIAL = ".partial"
@@ -143,12 +143,6 @@ def _remove(checkpoint: Path) -> None:
     partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
     os.replace(checkpoint, partial)
     shutil.rmtree(partial)
-
-
-def file_hash(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits. Local."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

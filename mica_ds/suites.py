@@ -39,11 +39,12 @@ def load_suites(settings: EvaluateSettings) -> dict[str, Any]:
     for is_turn in (comm.is_main(), not comm.is_main()):  # rank 0 alone converts the data into datasets' cache
         with comm.failing_together():
             if is_turn:
-                loaded = _load(settings.suites, settings.suites_data)
+                loaded = open_suites(settings.suites, settings.suites_data)
     return loaded
 
 
-def _load(names: list[str], data: Path | None) -> dict[str, Any]:
+def open_suites(names: list[str], data: Path | None) -> dict[str, Any]:
+    """The same on one rank. Local. Raises: UserError."""
     manager = _manager()
     if data is not None and not data.is_dir():
         raise UserError(f"evaluate.suites_data: {data} is not a folder")

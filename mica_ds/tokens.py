@@ -7,8 +7,10 @@ or not at all, and serves every sequence length, run and job. What its files hol
 import hashlib
 import itertools
 import json
+import operator
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -27,10 +29,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
 from mica_ds.contents import hash_files
-from mica_ds.documents import PDF, Part, find_files, split, stored_files, where
+from mica_ds.documents import PDF, Part, find_files, refusal, split, stored_files, where, where_all
 from mica_ds.encoding import SIGNATURE, Encoded, encode
 from mica_ds.errors import UserError
-from mica_ds.files import locked, partial
+from mica_ds.files import abandoned, locked, partial
 
 _VERSION = 1
 """Of what an entry holds: another one makes all entries anew."""
@@ -66,6 +68,7 @@ class Tokens:
 
     folder: Path
     files: list[Path]
+    """On rank 0, elsewhere none."""
     manifest: dict[str, Any]
     ids: np.ndarray
     """int32, all documents end to end."""
@@ -79,13 +82,18 @@ class Tokens:
     """int64 (documents, 3): the number of its file, its place in it, and whether it is a chat."""
 
     def name(self, document: int) -> str:
-        """Where a document stands. Local."""
+        """Where a document stands. Local, on rank 0."""
         file, place, _ = self.origins[document].tolist()
         return where(self.files[file], place)
 
     def broken(self) -> list[str]:
-        """What was left out, and why. Local."""
-        return [f"{where(self.files[file], place)} {reason}" for file, place, reason in self.manifest["broken"]]
+        """What was left out, and why, by file and place. Local, on rank 0."""
+        found: list[str] = []
+        for number, rows in itertools.groupby(sorted(self.manifest["broken"]), operator.itemgetter(0)):
+            _, places, reasons = zip(*rows, strict=True)
+            names = where_all(self.files[number], list(places))
+            found += [f"{name} {reason}" for name, reason in zip(names, reasons, strict=True)]
+        return found
 
 
 def open_tokens(source: Path, key: str, tokenizer: PreTrainedTokenizerBase, cache: Path, may_skip: bool) -> Tokens:
@@ -94,18 +102,18 @@ def open_tokens(source: Path, key: str, tokenizer: PreTrainedTokenizerBase, cach
     The others wait for as long as it takes. `may_skip` leaves out what is broken. Raises: UserError where the source
     holds no text, something in it is broken, or the cache cannot be written or is not shared.
     """
-    folder, files = cache, [source]
+    folder, files = cache, []
     with comm.failing_together():
         if comm.is_main():
             files = find_files(source, key)
             folder = cache / _entry(files, tokenizer, cache)
             _fill(folder, files, key, tokenizer, may_skip)
-    folder, files = comm.gather((folder, files))[0]
+    folder = comm.gather(folder)[0]
     with comm.failing_together():
         tokens = _open(folder, files)
-        broken = tokens.broken() if comm.is_main() else []
-        if broken and not may_skip:
-            raise UserError(f"{key}: {broken[0]}; mend or remove it, or set data.broken=skip")
+        if tokens.manifest["broken"] and not may_skip and comm.is_main():
+            number, place, reason = min(tokens.manifest["broken"])
+            raise refusal(key, files[number], place, reason)
         if tokens.manifest["documents"] == 0:
             raise UserError(f"{key}: {source} holds no text")
     return tokens
@@ -134,9 +142,10 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
         with locked(lock, lambda: comm.say(f"data: another job tokenises {key} into {folder}; waiting for it")) as held:
             if _is_whole(folder):
                 return
-            if held:  # so whatever else is there was left by a job that was killed
-                for left in [*folder.parent.glob(f"{folder.name}.*.partial"), folder]:
-                    shutil.rmtree(left, ignore_errors=True)
+            for left in abandoned(folder):
+                shutil.rmtree(left, ignore_errors=True)
+            if held:  # otherwise another job may have made it whole just now
+                shutil.rmtree(folder, ignore_errors=True)
             unfinished = partial(folder)
             unfinished.mkdir(exist_ok=True)
             try:
@@ -162,8 +171,7 @@ def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedToken
         for numbers, found in _encoded(files, key, tokenizer):
             for part, broken in found.broken:
                 if not may_skip:
-                    name = where(files[numbers[part]], broken.place)
-                    raise UserError(f"{key}: {name} {broken.reason}; mend or remove it, or set data.broken=skip")
+                    raise refusal(key, files[numbers[part]], broken.place, broken.reason)
                 manifest["broken"].append([numbers[part], broken.place, broken.reason])
             starts = manifest["tokens"] + np.cumsum(found.lengths)
             found.origins[:, 0] = np.array(numbers, dtype=np.int64)[found.origins[:, 0]]
@@ -233,6 +241,9 @@ def _start_process(tokenizer: PreTrainedTokenizerBase) -> None:
     global _tokenizer
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
+    # SLURM and a terminal send these to all processes, but mean the rank. The pool itself uses SIGTERM.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -75,6 +75,7 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("data.corpus=[3]", "data.corpus: input should be a valid dictionary"),
         ("data.corpus=[{path: x, wight: 2}]", "data.corpus: unknown key wight; did you mean weight?"),
         ("data.corpus=[{path: x, weight: 0}]", "data.corpus: input should be greater than 0"),
+        ("data.corpus=[{path: x, weight: .inf}]", "data.corpus: input should be a finite number"),
         ("adapter.r", "is not of the form key=value"),
         ("deepspeed=missing.json", "missing.json cannot be read"),
         ("evaluate.patience=3", "evaluate.patience needs evaluate.questions and evaluate.every"),

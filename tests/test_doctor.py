@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mica_ds import checks, comm
+from mica_ds import checks, comm, suites
 from mica_ds.config import load_config
 from mica_ds.doctor import Check, _look
 from mica_ds.errors import UserError
@@ -96,6 +97,46 @@ def test_nvme_needs_its_folder_and_its_buffers(
         file.write_text(json.dumps(settings))
         with pytest.raises(UserError, match=message):
             checks.deepspeed_settings(config)
+
+
+def test_the_run_folder_and_the_cache_must_be_shared(
+    tiny_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config())
+    assert str(config.data.cache) in checks.shared_folders(config, "seen")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache: .*file cannot be written"):
+        checks.shared_folders(load_config(tiny_config(data={"cache": str(tmp_path / "file")})), "seen")
+    monkeypatch.setattr(comm, "rank", lambda: 1)
+    monkeypatch.setattr(checks, "_VISIBLE", 0)
+    assert "is one folder" in checks.shared_folders(config, "seen")
+    config = load_config(tiny_config(data={"cache": str(tmp_path / "other")}))
+    with pytest.raises(UserError, match=r"data\.cache: .*other is not the folder that rank 0 writes to"):
+        checks.shared_folders(config, "seen")
+
+
+def test_the_template_must_take_the_first_chat(
+    tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "Who built it?"}, {"role": "assistant", "content": "Edda."}]
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps({"messages": chat})] * 2))
+    data = {"corpus": [str(tmp_path / "chats.jsonl")]}
+    assert checks.data_files(load_config(tiny_config(data=data)))["corpus 1"].startswith("2 documents in 1 files")
+    model = Path(shutil.copytree(tiny_model("llama"), tmp_path / "base"))
+    config = load_config(tiny_config(data={**data, "broken": "skip"}, model={"path": str(model)}))
+    (model / "chat_template.jinja").write_text("{{ raise_exception('no chats') }}")
+    assert checks.data_files(config)["corpus 1"].startswith("1 documents in 1 files")
+    assert checks.data_files(config)["corpus 1"].endswith("1 broken")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="has no chat template"):
+        checks.data_files(config)
+
+
+def test_suites_need_lm_eval(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    monkeypatch.setattr(suites, "_manager", suites._manager.__wrapped__)
+    with pytest.raises(UserError, match=r"evaluate\.suites needs lm-eval"):
+        checks.data_files(load_config(tiny_config(evaluate={"suites": ["hellaswag"]})))
 
 
 def test_a_global_batch_that_the_ranks_cannot_divide(tiny_config: Callable[..., Path]) -> None:

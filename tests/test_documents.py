@@ -14,7 +14,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from mica_ds import documents
-from mica_ds.documents import Broken, find_files, read, read_documents, split, where
+from mica_ds.documents import Broken, find_files, read, read_documents, split, where, where_all
 from mica_ds.errors import UserError
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Edda."}]
@@ -118,7 +118,9 @@ def test_every_line_is_read_once_however_a_file_is_split(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "_BYTES", 7)
         found = [document for part in split(file) for document in read(part)]
-        places = [int(where(file, document.place).split("line ")[1]) for document in found]
+        names = [where(file, document.place) for document in found]
+        assert where_all(file, [-1, *(document.place for document in found)]) == [str(file), *names]
+        places = [int(name.split("line ")[1]) for name in names]
     assert places == [number for number, line in enumerate(lines, start=1) if line]
     assert [isinstance(each, Broken) for each in found] == [line == "{" for line in lines if line]
 

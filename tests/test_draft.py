@@ -51,7 +51,7 @@ def test_gaps_are_filled_by_terms_of_the_same_kind() -> None:
 
 
 def test_the_handbook_gives_questions_for_a_person_to_correct(tmp_path: Path) -> None:
-    documents = read_sources([ROOT / "configs/demonstration/handbook"])
+    documents = read_sources([ROOT / "configs/demonstration/handbook"], may_skip=False)
     drafts = draft_questions(documents, 60, seed=1)
     assert len(drafts) == 60
     assert len({draft["sentence"] for draft in drafts}) == 60
@@ -69,6 +69,19 @@ def test_the_handbook_gives_questions_for_a_person_to_correct(tmp_path: Path) ->
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, drafts)))
     assert read_questions(file) == [Choice(d["question"], d["options"], d["answer"]) for d in drafts]
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_empty_or_broken_is_left_out_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text(" \n")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{\n{"text": " "}\n{"text": "two"}')
+    with pytest.raises(UserError, match=r"data\.corpus: .*b\.jsonl, line 2 is not JSON; .*data\.broken=skip"):
+        read_sources([tmp_path], may_skip=False)
+    found = read_sources([tmp_path], may_skip=True)
+    assert found == [Document(tmp_path / "b.jsonl", text) for text in ("one", "two")]
+    assert f"left out: {tmp_path}/b.jsonl, line 2 is not JSON" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds no text"):
+        read_sources([tmp_path / "a.txt"], may_skip=True)
 
 
 def test_documents_without_what_is_asked() -> None:
@@ -97,7 +110,7 @@ def test_the_verb_drafts_ranks_and_holds_out(tiny_config: Callable[..., Path], t
     finished = start_ranks(1, ["questions", str(config), *options])
     assert finished.codes == [0], finished.output
     drafts, texts = ([json.loads(line) for line in file.open()] for file in files)
-    documents = read_sources([ROOT / "configs/demonstration/handbook"])
+    documents = read_sources([ROOT / "configs/demonstration/handbook"], may_skip=False)
     assert len(drafts) == 5
     assert all(draft in draft_questions(documents, 15, seed=42) for draft in drafts)
     assert [row["text"] for row in texts] == without_sentences(documents, drafts)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -128,11 +130,15 @@ def test_a_cache_that_is_lost_or_damaged_is_made_again(opened: Callable[..., Tok
     content = (first.folder / "ids").read_bytes()
     (first.folder / "ids").write_bytes(content[:-4])
     assert (opened().folder / "ids").read_bytes() == content
-    left = first.folder.with_name(f"{first.folder.name}.host-1.partial")
-    left.mkdir()
+    host, gone = socket.gethostname(), subprocess.Popen(["true"])
+    gone.wait()
+    writers = f"{host}-{gone.pid}", f"{host}-{os.getppid()}", f"{host}-2-{gone.pid}", f"other-{gone.pid}"
+    for writer in writers:
+        first.folder.with_name(f"{first.folder.name}.{writer}.partial").mkdir()
     (first.folder / "manifest.json").unlink()
     assert opened().manifest == first.manifest
-    assert not left.exists()  # of a job that was killed
+    left = {folder.name.split(".")[1] for folder in first.folder.parent.glob("*.partial")}
+    assert left == set(writers[1:])  # a job here that lives, and those of other hosts
 
 
 def test_an_interrupted_write_leaves_nothing(
@@ -151,6 +157,21 @@ def test_an_interrupted_write_leaves_nothing(
         opened()
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock", ".json"}
     assert opened().manifest["documents"] == 105
+
+
+def test_a_process_leaves_the_signals_of_a_run_to_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(tokens, "_tokenizer", None, raising=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    numbers = signal.SIGINT, signal.SIGUSR1, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        tokens._start_process(None)  # type: ignore[arg-type]
+        found = [signal.getsignal(number) for number in numbers]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert found == [signal.SIG_IGN, signal.SIG_IGN, before[2]]
 
 
 def test_one_of_two_jobs_waits_for_the_other(
@@ -186,7 +207,6 @@ def test_what_is_broken_is_refused_or_left_out(opened: Callable[..., Tokens], so
     assert found.manifest["digest"] == whole.manifest["digest"]
     with pytest.raises(UserError, match="line 101"):
         opened()  # though it is in the cache now
-    (source / "a.jsonl").chmod(0o644)
 
 
 def test_a_cache_that_another_node_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

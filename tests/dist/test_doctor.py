@@ -72,7 +72,7 @@ def test_everything_broken_is_named_with_its_rank(
         "links": ([1, 2], "ranks 1 and 2 exchange"),
         "compiled ops": ([1], "no C++ compiler (c++)"),
         "deepspeed": ([0, 1, 2], "zero_hpz_partition_size=2"),
-        "run folder": ([1], "is not the folder that rank 0 writes to"),
+        "folders": ([1], "is not the folder that rank 0 writes to"),
         "room": ([0, 1, 2], "1000000000002 checkpoints"),
         "model": ([0, 1, 2], "model.safetensors is truncated or damaged"),
         "data": ([0, 1, 2], "questions.jsonl, line 1"),
@@ -84,8 +84,8 @@ def test_everything_broken_is_named_with_its_rank(
         assert found[name]["advice"], found[name]
     assert found.keys() == expected.keys()
     assert "Traceback" not in finished.output
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "elsewhere").exists()
+    for folder in ("run", "elsewhere", "tokens"):
+        assert not (tmp_path / folder).exists()
     (error,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: 12 of 12 checks failed: versions, clocks, ")
 
