@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mica_ds.arms import StudySettings
-from mica_ds.findings import Choice, Interval, Result, Standing, choices, compare, standings
+from mica_ds.findings import Choice, Result, Standing, choices, compare, standings
 from mica_ds.scatter import Arm, plot_forgetting, plot_parameters
-from mica_ds.statistics import mean_interval
+from mica_ds.statistics import Interval, mean_interval, points
 
 TABLE, ACCOUNT, PLOTS = "table.md", "study.md", ("forgetting.png", "parameters.png")
 
@@ -109,6 +109,12 @@ def _sentences(study: StudySettings, found: dict[str, Standing], chosen: dict[st
         f"On these {questions} questions, over {seeds} {_plural('seed', seeds)}:\n\n" + "\n".join(compared),
         covers,
         *warnings(study, chosen),
+        *(
+            f"{arm}: training diverged with seed {result.seed}."
+            for arm, standing in found.items()
+            for result in standing.results
+            if result.has_diverged
+        ),
     ]
 
 
@@ -119,6 +125,8 @@ def _sweep(study: StudySettings, results: list[Result], chosen: dict[str, Choice
             one = next(r for r in results if (r.arm, r.learning_rate, r.seed) == (arm, rate, study.pick))
             mark = "**" if rate == chosen[arm].learning_rate else ""
             row = [arm, f"{rate:g}", f"{one.knowledge:.1%}", f"× {one.forgetting:.2f}", f"{one.final_loss:.2f}"]
+            if one.has_diverged:
+                row[2:] = ["diverged", "", ""]
             rows.append([f"{mark}{cell}{mark}" for cell in row])
     return _markdown(rows)
 
@@ -133,7 +141,7 @@ def _share(interval: Interval) -> str:
 
 
 def _points(interval: Interval) -> str:
-    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in interval)
+    mean, low, high = map(points, interval)
     return f"{mean} [{low}, {high}]"
 
 

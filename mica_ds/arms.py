@@ -8,15 +8,21 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mica_ds.config import Config, Section, flatten, load_config, read_settings
+from mica_ds.config import Config, EvaluateSettings, Section, flatten, load_config, read_settings
 from mica_ds.errors import UserError
 
 # What the study itself sets for each run, and what an arm may set: the rest is the same data and budget for all.
-_OWN = ("train.learning_rate", "train.seed", "output_dir", "resume", "tracking.parent")
+_OWN = ("train.learning_rate", "train.seed", "output_dir", "resume", "tracking.parent", "checkpoint.max_skipped")
 _BUDGET = ("train.max_steps", "train.num_train_epochs", "train.data_seed")
 _OF_AN_ARM = ("adapter.", "train.")
 # What may differ between the starts of one run.
-_INCIDENTAL = {"tracking", "resume", "patience", "checkpoint", "deepspeed"}
+_INCIDENTAL: dict[str, bool | set[str]] = {
+    **dict.fromkeys(("tracking", "resume", "patience", "deepspeed", "capacity"), True),
+    "checkpoint": {"keep", "max_skipped"},
+    "data": {"cache"},
+    "evaluate": {"batch_tokens"},
+}
+_NEVER = 10**9  # steps: where training diverges, that is a result, and no failure to be tried again
 
 
 class StudySettings(Section):
@@ -94,8 +100,7 @@ def load_study(path: Path, overrides: list[str] | None = None) -> StudySettings:
         _check(study)
         for arm, rates in study.learning_rates.items():
             config = run_config(study, make_run(study, arm, rates[0], study.pick))
-            if config.evaluate.questions is None or config.evaluate.retention is None:
-                raise UserError(f"base: {study.base} must set evaluate.questions and evaluate.retention")
+        _check_evaluation(study.base, config.evaluate)  # the same for all arms
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return study
@@ -110,6 +115,7 @@ def make_run(study: StudySettings, arm: str, rate: float, seed: int) -> Run:
         "train.learning_rate": rate,
         "train.seed": seed,
         "output_dir": str(folder),
+        "checkpoint.max_skipped": _NEVER,
     }
     return Run(arm, rate, seed, folder, tuple(f"{key}={json.dumps(value)}" for key, value in settings.items()))
 
@@ -148,6 +154,19 @@ def check_folder(study: StudySettings, run: Run) -> None:
 
 def _comparable(config: Config) -> dict[str, Any]:
     return flatten(config.model_dump(mode="json", exclude=_INCIDENTAL))
+
+
+def _check_evaluation(base: Path, settings: EvaluateSettings) -> None:
+    if settings.questions is None or settings.retention is None:
+        raise UserError(f"base: {base} must set evaluate.questions and evaluate.retention")
+    if settings.patience:
+        raise UserError("evaluate.patience would give runs different numbers of steps: set it to 0 under settings")
+    from mica_ds.questions import Choice, read_questions  # transformers, which other verbs need not wait for
+
+    if not any(isinstance(question, Choice) for question in read_questions(settings.questions)):
+        raise UserError(
+            f"evaluate.questions: {settings.questions} holds no multiple-choice question; a study compares by these"
+        )
 
 
 def _check(study: StudySettings) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
+from mica_ds.shelf import writing
 
 LOG = "study.log"
 _LOCK = "study.lock"
@@ -68,8 +69,9 @@ class _Attempt:
         self._environment = os.environ | _place(study)
         self._is_waiting = False
         self._process: subprocess.Popen[bytes] | None = None
-        run.folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        with writing(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(run.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
 
     def poll(self) -> int | None:
         """The exit code, 0 for a run that was finished before; None while it goes on."""
@@ -89,7 +91,7 @@ class _Attempt:
         return self._process.poll()
 
     def _start(self) -> None:
-        with (self.run.folder / LOG).open("wb") as log:
+        with writing(self.run.folder), (self.run.folder / LOG).open("wb") as log:
             try:
                 self._process = subprocess.Popen(
                     self._command,

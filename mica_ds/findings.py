@@ -13,11 +13,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
 from mica_ds.files import replacing
-from mica_ds.statistics import mean_interval, paired_interval
+from mica_ds.statistics import Interval, mean_interval, paired_interval
 
 Marks = Annotated[str, Field(pattern="^[01]+$")]
-Interval = tuple[float, float, float]
-"""A mean and the ends of its 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class Result:
         """Perplexity of the held-out text, after to before; infinite where training diverged."""
         ratio = self.retention_after / self.retention_before
         return math.inf if math.isnan(ratio) else ratio
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the run ended without a finite loss, of its last steps or of the held-out text."""
+        return not (math.isfinite(self.final_loss) and math.isfinite(self.forgetting))
 
     @property
     def knowledge(self) -> float:
@@ -107,11 +110,15 @@ def read_results(file: Path) -> list[Result]:
 def choose(results: list[Result], max_forgetting: float) -> Choice:
     """The best rate of one arm's sweep: the most knowledge within the bound, else the least forgetting. Local.
 
-    Between equals it is the one that forgets less, and then the lower rate.
+    Between equals it is the one that forgets less, and then the lower rate; never one at which training diverged.
+    Raises: UserError where it did at all of them.
     """
-    within = [result for result in results if result.forgetting <= max_forgetting]
+    sound = [result for result in results if not result.has_diverged]
+    if not sound:
+        raise UserError(f"{results[0].arm}: training diverged at each of its learning_rates; give it lower ones")
+    within = [result for result in sound if result.forgetting <= max_forgetting]
     best = min(
-        within or results,
+        within or sound,
         key=lambda result: (-result.knowledge if within else 0, result.forgetting, result.learning_rate),
     )
     rates = sorted(result.learning_rate for result in results)
@@ -119,7 +126,7 @@ def choose(results: list[Result], max_forgetting: float) -> Choice:
 
 
 def choices(study: StudySettings, results: list[Result]) -> dict[str, Choice]:
-    """The choice for each arm whose sweep is complete, in the study's order. Local."""
+    """The choice for each arm whose sweep is complete, in the study's order. Local. Raises: UserError as `choose`."""
     found = {}
     for arm, rates in study.learning_rates.items():
         swept = [result for result in results if result.arm == arm and result.seed == study.pick]
@@ -131,7 +138,7 @@ def choices(study: StudySettings, results: list[Result]) -> dict[str, Choice]:
 def standings(study: StudySettings, results: list[Result]) -> dict[str, Standing]:
     """Each arm's result over the study's seeds at its chosen rate, in the study's order. Local.
 
-    Raises: UserError where a run is missing, or the runs had not the same data and budget.
+    Raises: UserError where a run is missing, or the runs had not the same data and budget, or as `choose`.
     """
     check_budget(results)
     chosen = choices(study, results)

@@ -17,7 +17,7 @@ from mica_ds.documents import source_files, stored_files
 from mica_ds.export import export_folder
 from mica_ds.files import replacing
 from mica_ds.scores import course
-from mica_ds.statistics import accuracy_interval
+from mica_ds.statistics import accuracy_interval, points
 from mica_ds.weights import open_checkpoint
 
 PAGE = "report.html"
@@ -70,7 +70,7 @@ def write_page(
         "duration": _duration,
         "amount": _amount,
         "percent": _percent,
-        "points": _points,
+        "points": points,
         "literal": repr,
     }
     template = environment.get_template("page.html")
@@ -162,8 +162,3 @@ def _amount(number: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def _points(change: float) -> str:
-    """A change of a share, in percentage points: `+12.5`, `−3.0`."""
-    return f"{100 * change:+.1f}".replace("-", "\N{MINUS SIGN}")

@@ -8,12 +8,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mica_ds.statistics import Interval
+
 # Okabe and Ito's colours, which the colour-blind tell apart; each comes with a marker of its own.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 _SIDE = 1.12  # the ratio by which arms with as many parameters as another stand side by side
-
-Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ import numpy as np
 
 _Z = NormalDist().inv_cdf(0.975)
 
+Interval = tuple[float, float, float]
+"""A mean and the ends of its 95 % interval."""
+
 
 def accuracy_interval(right: Sequence[bool]) -> tuple[float, float]:
     """Wilson's 95 % interval of the share of questions answered right. Local.
@@ -21,7 +24,7 @@ def accuracy_interval(right: Sequence[bool]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
     """The mean of `after - before` over the same questions, and its 95 % interval. Local.
 
     A question's score is 0 or 1, or a mean of such over several seeds. The interval is Bonett and Price's (2012) for
@@ -40,7 +43,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     return float(differences.mean()), max(centre - half, -1.0), min(centre + half, 1.0)
 
 
-def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(scores: Sequence[float]) -> Interval:
     """The mean of the questions' scores, and its 95 % interval. Local.
 
     A score is 0 or 1, or a mean of such over several seeds. The interval is Agresti and Coull's: the normal one after
@@ -54,3 +57,8 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
     added = np.append(found, [1.0, 1.0, 0.0, 0.0])
     centre, half = float(added.mean()), _Z * float(added.std()) / len(added) ** 0.5
     return float(found.mean()), max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def points(change: float) -> str:
+    """A change of a share, in percentage points: `+12.5`, `−3.0`. Local."""
+    return f"{100 * change:+.1f}".replace("-", "\N{MINUS SIGN}")

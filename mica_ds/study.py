@@ -78,9 +78,11 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
             failed.append(run)
             comm.say(f"{place} failed: {last_words(run.folder)} ({run.folder / LOG})")
             return
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is exported is all that is still needed
         result = read_run(run)
+        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is exported is all that is still needed
         found = f"{result.knowledge:.1%} right, perplexity × {result.forgetting:.2f}, {result.train_seconds:.0f} s"
+        if result.has_diverged:
+            found = "diverged: its loss was not finite at the end"
         comm.say(f"{place}: {found} (after {(time.monotonic() - started) / 60:.0f} min)")
 
     for run in runs:

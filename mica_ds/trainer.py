@@ -166,6 +166,8 @@ class RunCallback(TrainerCallback):
         if logs and "loss" in logs:  # transformers' closing entry has none, and figures of this start alone
             perplexity = math.exp(min(logs["loss"], 700))
             self._tracker.metrics({**logs, "perplexity": perplexity, **self._meter.read()}, step=state.global_step)
+            # transformers (5.23) subtracts the sum from itself, and after one NaN every later loss would be NaN.
+            self._trainer._tr_loss.zero_()
 
 
 class MicaTrainer(Trainer):

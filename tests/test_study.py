@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mlflow import MlflowClient
 from scipy.stats import binom
 
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
-from mica_ds.arms import StudySettings, check_folder, load_study, sweep, trials
+from mica_ds.arms import StudySettings, check_folder, load_study, run_config, sweep, trials
+from mica_ds.config import save_config
 from mica_ds.crew import carry_out
 from mica_ds.errors import UserError
 from mica_ds.findings import Result, choices, choose, compare, read_results, standings, write_results
@@ -85,7 +87,7 @@ def test_runs_differ_in_arm_rate_and_seed_alone(study_file: Callable[..., Path],
     assert runs[2].folder == tmp_path / "study/mica/lr-0.01/seed-1"
     assert runs[2].overrides == (
         *("train.warmup_steps=1", 'adapter.method="mica"', 'adapter.subspace="minor"', "train.learning_rate=0.01"),
-        *("train.seed=1", f'output_dir="{runs[2].folder}"'),
+        *("train.seed=1", f'output_dir="{runs[2].folder}"', "checkpoint.max_skipped=1000000000"),
     )
 
 
@@ -114,6 +116,11 @@ def test_runs_differ_in_arm_rate_and_seed_alone(study_file: Callable[..., Path],
         ),
         ({"arms": {"mica": {}, "lora": {"train": {"max_steps": 9}}}}, "train.max_steps must be the same for all arms"),
         ({"settings": {"evaluate.questions": None}}, "must set evaluate.questions and evaluate.retention"),
+        (
+            {"settings": {"evaluate": {"patience": 1, "every": 1}}},
+            "evaluate.patience would give runs different",
+        ),
+        ({"settings": {"checkpoint.max_skipped": 3}}, "checkpoint.max_skipped is set by the study itself"),
         ({"arms": {"../mica": {}, "lora": {}}}, "arms: '../mica' is no name for a folder"),
     ],
 )
@@ -127,6 +134,35 @@ def test_a_study_that_is_unfair_or_wrong_is_refused(
         load_study(file)
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
+
+
+def test_a_study_needs_a_multiple_choice_question(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    questions = tmp_path / "open.jsonl"
+    questions.write_text('{"question": "Who built the press?", "answer": "Edda"}\n')
+    with pytest.raises(UserError, match=r"open\.jsonl holds no multiple-choice question"):
+        load_study(study_file(settings={"evaluate.questions": str(questions)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"checkpoint.export": "best", "evaluate.every": 1}, r"made with checkpoint\.export='last'"),
+        ({"evaluate.every": 1}, r"made with evaluate\.every=0"),
+        ({"data.sequence_length": 16}, r"made with data\.sequence_length=32"),
+        ({"checkpoint.keep": 1, "capacity": "warn", "patience": 9, "tracking.experiment": "other"}, None),
+        ({"data.cache": "elsewhere", "evaluate.batch_tokens": 64}, None),
+    ],
+)
+def test_what_bears_on_results_may_not_differ_between_starts(
+    study_file: Callable[..., Path], change: dict[str, Any], refused: str | None
+) -> None:
+    study = load_study(study_file())
+    run = sweep(study)[0]
+    run.folder.mkdir(parents=True)
+    save_config(run_config(study, run), run.folder / "config.yaml")
+    changed = load_study(study_file(settings=change))
+    with pytest.raises(UserError, match=refused) if refused else nullcontext():
+        check_folder(changed, sweep(changed)[0])
 
 
 @pytest.mark.parametrize("file", [file for file in SHIPPED if "arms" in yaml.safe_load(file.read_text())], ids=str)
@@ -182,6 +218,27 @@ def test_where_no_rate_is_within_the_bound_the_one_that_forgets_least_is_chosen(
     ]
     assert choose(swept, 1.3).learning_rate == 1e-4
     assert not choose(swept, 1.3).is_within_bound
+
+
+def test_a_rate_at_which_training_diverged_is_shown_so_and_never_chosen(
+    study: StudySettings, tmp_path: Path, alone: None
+) -> None:
+    nan = float("nan")
+    swept = [
+        *(result("lora", rate, right="1000") for rate in study.learning_rates["lora"]),
+        result("mica", 1e-3, right="0000", retention_after=1e9),
+        result("mica", 1e-2, right="1111", final_loss=nan, retention_after=nan),
+    ]
+    write_results([*swept, result("lora", 5e-4, 2), result("mica", 1e-3, 2, final_loss=nan)], tmp_path / RESULTS)
+    report(study, tmp_path / RESULTS)
+    account = (tmp_path / ACCOUNT).read_text()
+    assert "| mica | 0.01 | diverged |  |  |" in account
+    assert "| **mica** | **0.001** | **0.0%** |" in account
+    assert "mica: training diverged with seed 2." in account
+    assert "lora: training diverged" not in account
+    swept[2] = dataclasses.replace(swept[2], retention_after=float("inf"))
+    with pytest.raises(UserError, match="mica: training diverged at each of its learning_rates"):
+        choices(study, swept)
 
 
 def test_arms_are_compared_question_by_question_over_the_mean_of_the_seeds(study: StudySettings) -> None:
@@ -289,6 +346,14 @@ def test_a_launcher_that_is_missing_is_named(study_file: Callable[..., Path], al
     study = load_study(study_file(launch=["sbotch", "--wait"]))
     with pytest.raises(UserError, match="launch: sbotch cannot be started: No such file or directory"):
         carry_out(study, sweep(study), "parent", lambda *_: None)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(study: StudySettings, alone: None) -> None:
+    run = sweep(study)[0]
+    run.folder.parent.mkdir(parents=True)
+    run.folder.touch()
+    with pytest.raises(UserError, match=f"{run.folder} cannot be written"):
+        carry_out(study, [run], "parent", lambda *_: None)
 
 
 @pytest.mark.dist

@@ -1,6 +1,7 @@
 """Interrupted runs: what goes on is what would have gone on, on any number of ranks, whatever stopped it."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -329,6 +330,7 @@ def test_steps_that_are_not_finite(other: Run) -> None:
     assert finished.output.count("its loss or gradient is not finite") == 6
     assert other.state(9)["run"]["skipped_steps"] == 5
     assert other.state(9)["optimizer_step"] == 4
+    assert [math.isfinite(loss) for loss in other.losses(9)] == [step not in (3, 6, 7, 8, 9) for step in range(1, 10)]
     for key in ("model", "exp_avg", "exp_avg_sq"):
         tensors = [load_file(other.checkpoint(s) / f"{key}-00001.safetensors") for s in (2, 3, 4, 5, 9)]
         for name, tensor in tensors[0].items():
