@@ -126,7 +126,7 @@ def study(
         else:
             verb.conduct(settings)
 
-    comm.run(main, comm.start_alone)
+    comm.run(main, is_alone=True)
 
 
 @app.command()

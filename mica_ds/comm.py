@@ -300,7 +300,7 @@ def failing_together() -> Iterator[None]:
     raise agreed from None
 
 
-def run(main: Callable[[], None], join: Callable[[], None] = start) -> NoReturn:
+def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
     """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
     A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
@@ -309,7 +309,7 @@ def run(main: Callable[[], None], join: Callable[[], None] = start) -> NoReturn:
     code = 0
     signals.watch()
     try:
-        join()
+        start_alone() if is_alone else start()
         main()
         if _watchdog is not None:
             _watchdog.finish()
