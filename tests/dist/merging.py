@@ -17,7 +17,7 @@ def main() -> None:
         said = None
         try:
             if config.adapter.method != "full":
-                recipe.export(config)
+                recipe.export(config, is_merged=False)
             recipe.export(config, is_merged=True)
         except UserError as error:
             said = str(error)
