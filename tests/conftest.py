@@ -170,7 +170,17 @@ def free_ports(number: int) -> list[int]:
 
 def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
     """Run one program to its end."""
-    process = subprocess.Popen(
+    return finish([_popen(command, cwd, variables)])
+
+
+def start_fresh_ranks(ranks: int, arguments: list[str], program: str, **variables: str) -> Finished:
+    """`start_ranks` by programs that share no memory, for what is measured of it or set at a program's start."""
+    command = [sys.executable, "-m", program, *arguments]
+    return finish([_popen(command, ROOT, place) for place in _places(ranks, variables)])
+
+
+def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
         command,
         cwd=cwd,
         env=environment(**variables),
@@ -179,7 +189,6 @@ def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
         text=True,
         start_new_session=True,  # so that a launcher's ranks can be ended with it
     )
-    return finish([process])
 
 
 def start_ranks(ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str) -> Finished:
@@ -191,12 +200,16 @@ def launch_ranks(
     ranks: int, arguments: list[str], program: str = "mica_ds", output: IO[str] | None = None, **variables: str
 ) -> list[Program]:
     """The same, without waiting for the end; `program` is another module to run, `output` a file for all ranks'."""
+    return [
+        Program(program, arguments, ROOT, environment(**place), output or TemporaryFile("w+"))
+        for place in _places(ranks, variables)
+    ]
+
+
+def _places(ranks: int, variables: dict[str, str]) -> list[dict[str, str]]:
     port = str(free_ports(1)[0])
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    each = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)]
-    return [
-        Program(program, arguments, ROOT, environment(**variables), output or TemporaryFile("w+")) for variables in each
-    ]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)]
 
 
 def finish(processes: Sequence[subprocess.Popen[str] | Program]) -> Finished:

@@ -10,7 +10,7 @@ import pytest
 from mica_ds.config import load_config
 from mica_ds.plan import GIB, PROCESS, Cluster, make_plan
 
-from ..conftest import ROOT, start_ranks, write_config
+from ..conftest import ROOT, start_fresh_ranks, write_config
 
 pytestmark = pytest.mark.dist
 
@@ -42,7 +42,7 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
     arguments, variables = ["train", str(file), "capacity=warn"], {"MEASURED": str(tmp_path), **ALLOCATOR}
     if ranks == 1:  # with no room at all, which is warned of
         variables["FREE_MIB"] = "0"
-    found = start_ranks(ranks, arguments, PROGRAM, **variables)
+    found = start_fresh_ranks(ranks, arguments, PROGRAM, **variables)
     assert found.codes == [0] * ranks, found.output
     verdict = "warning: plan: it does not fit: " if ranks == 1 else "plan: fits: "
     assert found.outputs[0].count(verdict) == 1
@@ -64,7 +64,7 @@ def test_what_cannot_fit_is_refused_with_what_fits(tiny_config: Callable[..., Pa
         train={"per_device_train_batch_size": rows},
         evaluate={"questions": None, "retention": None},
     )
-    found = start_ranks(2, ["train", str(config)], PROGRAM, MEASURED=str(tmp_path), FREE_MIB="600")
+    found = start_fresh_ranks(2, ["train", str(config)], PROGRAM, MEASURED=str(tmp_path), FREE_MIB="600")
     assert found.codes == [2, 2], found.output
     (error,) = [line for line in found.output.splitlines() if line.startswith("error: ")]
     assert "it does not fit" in error
