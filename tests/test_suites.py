@@ -46,7 +46,9 @@ def test_a_suite_is_marked_as_lm_eval_itself_does(
 @pytest.mark.parametrize(
     ("suite", "message"),
     [
-        ("truthfulqa_mc1", "the data of truthfulqa_mc1 is not below .* or in the hub's cache"),
+        pytest.param(
+            "truthfulqa_mc1", "the data of truthfulqa_mc1 is not below .* or in the hub's cache", marks=pytest.mark.slow
+        ),
         ("helaswag", "lm-eval knows no helaswag"),
     ],
 )
