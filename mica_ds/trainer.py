@@ -47,8 +47,6 @@ class RunCallback(TrainerCallback):
         facts: dict[str, Any],
     ) -> None:
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
-        self._max_skipped, self._settings = config.checkpoint.max_skipped, config.evaluate
-        self._folder, self._exports_best = config.output_dir, config.checkpoint.export == "best"
         self._config = config
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
@@ -85,7 +83,7 @@ class RunCallback(TrainerCallback):
 
     def _is_due(self, state: TrainerState) -> bool:
         """The last step is, too: which was the best shall be known from its checkpoint."""
-        every, step = self._settings.every, state.global_step
+        every, step = self._config.evaluate.every, state.global_step
         return every > 0 and (step % every == 0 or step == state.max_steps)
 
     def _score(self, state: TrainerState, control: TrainerControl) -> None:
@@ -95,16 +93,20 @@ class RunCallback(TrainerCallback):
         self.scores = step, scores
         with comm.failing_together():
             if comm.is_main():
-                with writing(self._folder):
-                    write_rows(scores.rows, self._folder, f"step-{step:06d}" if step else "before")
+                with writing(self._config.output_dir):
+                    write_rows(scores.rows, self._config.output_dir, f"step-{step:06d}" if step else "before")
         control.should_save |= self.ranked(state)[:1] == [step]
-        if step < state.max_steps and is_out_of_patience(state.log_history, self._settings):
+        if step < state.max_steps and is_out_of_patience(state.log_history, self._config.evaluate):
             control.should_training_stop = True
-            comm.say(f"evaluation: the last {self._settings.patience} were no better than the best: training stops")
+            comm.say(
+                f"evaluation: the last {self._config.evaluate.patience} were no better than the best: training stops"
+            )
 
     def ranked(self, state: TrainerState) -> list[int]:
         """The evaluated steps, the best first, where the best one is exported. Local."""
-        return ranked_steps(state.log_history, self._settings) if self._exports_best else []
+        if self._config.checkpoint.export != "best":
+            return []
+        return ranked_steps(state.log_history, self._config.evaluate)
 
     # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -142,10 +144,10 @@ class RunCallback(TrainerCallback):
         self._facts["skipped_steps"] += 1
         self._tracker.metrics({"skipped_steps": self._facts["skipped_steps"]}, step=step)
         comm.say(f"warning: step {step} is skipped: its loss or gradient is not finite")
-        if self._skipped_in_a_row == self._max_skipped:
+        if self._skipped_in_a_row == self._config.checkpoint.max_skipped:
             error = UserError(
-                f"{self._max_skipped} steps in a row, up to step {step}, had a loss or gradient that is not finite: "
-                "lower train.learning_rate, or set resume to an older checkpoint"
+                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
+                "finite: lower train.learning_rate, or set resume to an older checkpoint"
             )
             error.agreed = True
             raise error
