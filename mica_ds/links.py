@@ -21,6 +21,7 @@ _APART = 1.0  # seconds by which clocks may differ
 _BLOCK = 256  # elements that each rank gives to each other in a trial
 _TURNS = 20  # exchanges of one element for a latency
 _LARGE = 8 << 20  # elements (32 MiB) of an exchange for a bandwidth
+_SLOW, _LATE = 2, 10  # times the usual bandwidth, latency: a latency also grows with what else a machine is doing
 
 Judgement = tuple[str, dict[int, str]]
 """What was found in all, and what is wrong by rank."""
@@ -75,7 +76,7 @@ def time_pairs() -> Pairs:
 
 
 def pairs_are_even(seen: list[Pairs]) -> Judgement:
-    """Which pairs have less than half of the usual bandwidth within a node, or between nodes. Local."""
+    """Which pairs have half of the usual bandwidth, or ten times the latency, within a node or between nodes. Local."""
     found: list[str] = []
     faults: dict[int, str] = {}
     for is_within, kind in ((True, "within a node"), (False, "between nodes")):
@@ -88,15 +89,19 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
         if not pairs:
             continue
         latencies, speeds = zip(*pairs.values(), strict=True)
-        usual = statistics.median_high(speeds)
+        usual, prompt = statistics.median_high(speeds), statistics.median_low(latencies)
         found.append(
             f"{kind} {_gigabytes(min(speeds))} to {_gigabytes(max(speeds))} GB/s, "
             f"{min(latencies) * 1e6:.0f} to {max(latencies) * 1e6:.0f} µs"
         )
-        for pair, (_, speed) in pairs.items():
-            if speed < usual / 2:
-                here, normal = _gigabytes(speed), _gigabytes(usual)
-                slow = f"ranks {pair[0]} and {pair[1]} exchange {here} GB/s, usual {kind} are {normal}"
+        for pair, (latency, speed) in pairs.items():
+            wrong = []
+            if speed < usual / _SLOW:
+                wrong.append(f"exchange {_gigabytes(speed)} GB/s, usual {kind} are {_gigabytes(usual)}")
+            if latency > prompt * _LATE:
+                wrong.append(f"need {latency * 1e6:.0f} µs for a word, usual {kind} are {prompt * 1e6:.0f}")
+            for said in wrong:
+                slow = f"ranks {pair[0]} and {pair[1]} {said}"
                 faults |= {rank: "; ".join(filter(None, (faults.get(rank), slow))) for rank in pair}
     return "; ".join(found) or "a single rank", faults
 
@@ -114,6 +119,10 @@ def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         return (torch.arange(ranks * _BLOCK, device=place) % 7 + by).float()  # small integers: sums are exact
 
     summed = sum((given(by) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
+    # The bases' own way. First, since later ones may hang on some ranks alone, and the doctor goes on in this group.
+    owned = given(rank).double().cpu()
+    comm.sum_to(owned, 0)
+    yield "reduce", summed.double().cpu() if rank == 0 else owned, owned
     reduced = given(rank)
     training.all_reduce(reduced)
     yield "all_reduce", summed, reduced
@@ -129,7 +138,7 @@ def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     swapped = torch.empty(ranks * _BLOCK, device=place)
     training.all_to_all_single(swapped, given(rank))
     yield "all_to_all_single", torch.cat([given(by).chunk(ranks)[rank] for by in range(ranks)]), swapped
-    if ranks > 1:  # the bases' own way
+    if ranks > 1:  # the bases' own way, too
         left, right = (rank - 1) % ranks, (rank + 1) % ranks
         came = torch.empty(ranks * _BLOCK)
         comm.wait([comm.send(given(rank).cpu(), right, tag=0), comm.receive(came, left, tag=0)])
@@ -139,7 +148,7 @@ def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
 def _time_pair(partner: int) -> tuple[float, float]:
     small, large = _exchange(partner, 1), _exchange(partner, _LARGE)
     small(), large()  # connects, and waits for the partner
-    latency = _seconds(lambda: [small() for _ in range(_TURNS)]) / _TURNS
+    latency = statistics.median(_seconds(small) for _ in range(_TURNS))
     return latency, 4 * _LARGE / min(_seconds(large) for _ in range(3))
 
 

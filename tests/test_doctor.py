@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from mica_ds import checks, comm, suites
 from mica_ds.config import load_config
-from mica_ds.doctor import Check, _look
+from mica_ds.doctor import Check, Result, _look, print_results
 from mica_ds.errors import UserError
 from mica_ds.links import alike, clocks_agree, pairs_are_even
 
@@ -49,6 +52,9 @@ def test_a_slow_pair_is_found_among_its_own_kind() -> None:
     even[1] = ("n1", {2: (1e-5, 5e9)})
     fault = "ranks 1 and 2 exchange 5 GB/s, usual between nodes are 20"
     assert pairs_are_even(even)[1] == {1: fault, 2: fault}
+    even[3] = ("n2", {0: (2e-4, 20e9)})
+    late = "ranks 3 and 0 need 200 µs for a word, usual between nodes are 10"
+    assert pairs_are_even(even)[1] == {0: late, 1: fault, 2: fault, 3: late}
 
 
 def test_a_look_that_hangs_or_raises_is_a_finding() -> None:
@@ -57,6 +63,57 @@ def test_a_look_that_hangs_or_raises_is_a_finding() -> None:
     released.set()
     assert _look(Check("broken", lambda: 1 / 0, "")) == (None, "ZeroDivisionError: division by zero")
     assert _look(Check("sound", lambda: 1, "")) == (1, "")
+
+
+def test_the_table_has_one_line_of_advice_for_each_red(capsys: pytest.CaptureFixture[str]) -> None:
+    print_results(
+        [Result("clocks", True, "0.01 s apart", "", []), Result("room", False, "none", "make room", [1])], False
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if any(c.isalpha() for c in line)]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines[2:]]
+    assert cells == [["clocks", "good", "0.01 s apart"], ["room", "BAD", "none"], ["", "", "→ make room"]]
+
+
+GIB = 1 << 30
+A100: dict[str, Any] = {
+    "is_available": True,
+    "is_bf16_supported": True,
+    "get_device_name": "NVIDIA A100",
+    "get_device_properties": SimpleNamespace(uuid="1"),
+    "mem_get_info": (79 * GIB, 80 * GIB),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "free", "message"),
+    [
+        ({}, 64, ""),
+        ({"is_available": False}, 6, "6.0 of 64 GiB of host memory are free"),
+        ({"mem_get_info": (71 * GIB, 80 * GIB)}, 64, "71.0 of 80 GiB of the GPU are free"),
+        ({"is_bf16_supported": False}, 64, "NVIDIA A100 has no bfloat16, which model.dtype asks for"),
+    ],
+)
+def test_a_machine_must_have_its_memory_free(
+    changes: dict[str, Any],
+    free: int,
+    message: str,
+    tiny_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {**A100, **changes}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 3))
+    monkeypatch.setattr(checks, "_driver", lambda _: {"driver": "570.1", "compute mode": "Default"})
+    memory = SimpleNamespace(total=64 * GIB, available=free * GIB)
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: memory)
+    config = load_config(tiny_config(model={"dtype": "bfloat16"}))
+    if message:
+        with pytest.raises(UserError, match=message):
+            checks.machine(config)
+    else:
+        found = checks.machine(config)
+        assert found.keys() >= {"device", "driver", "memory", "compute mode", "CUDA", "NCCL", "cores", "host memory"}
+        assert (found["device"], found["memory"], found["NCCL"]) == ("NVIDIA A100", "80 GiB", "2.29.3")
 
 
 def test_room_is_asked_for_by_the_size_of_checkpoints(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

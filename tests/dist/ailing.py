@@ -14,8 +14,8 @@ from mica_ds import cli, comm
 
 def main() -> None:
     """AILMENTS: the `rank`, a folder of other `versions`, seconds by which its `clock` is ahead, its own `output_dir`,
-    a `collective` whose result it gets wrong, a `link` (rank) that is slow for it, and whether it has `one_core`, finds
-    `no_compiler` or `hangs` in that collective.
+    `collectives` whose results it gets wrong, a `link` (rank) that is slow for it, and whether it has `one_core`, finds
+    `no_compiler` or `hangs` in these collectives.
     """
     ailments = json.loads(os.environ["AILMENTS"])
     if str(ailments["rank"]) == os.environ["RANK"]:
@@ -29,13 +29,26 @@ def main() -> None:
 def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
     from deepspeed import comm as training
 
-    now, collective, exchange = time.time, getattr(training, ailments["collective"]), training.batch_isend_irecv
+    now, exchange, receive, wait = time.time, training.batch_isend_irecv, comm.receive, comm.wait
+    received: list[torch.Tensor] = []
 
-    def wrong(output: torch.Tensor, *args: Any) -> None:
-        if ailments["hangs"]:
-            time.sleep(1000)
-        collective(output, *args)
-        output[-1] += 1
+    def spoilt(collective: Callable[..., Any]) -> Callable[..., None]:
+        def wrong(output: torch.Tensor, *args: Any) -> None:
+            if ailments["hangs"]:
+                time.sleep(1000)
+            collective(output, *args)
+            output[-1] += 1
+
+        return wrong
+
+    def noted(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+        received.append(tensor)
+        return receive(tensor, *args, **more)
+
+    def spoil_received(works: list[Any]) -> None:
+        wait(works)
+        for tensor in received:
+            tensor[-1] += 1
 
     def slow(operations: list[Any]) -> Any:
         if operations[0].peer == ailments["link"] and operations[0].tensor.numel() > 1:
@@ -43,7 +56,9 @@ def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
         return exchange(operations)
 
     time.time = lambda: now() + ailments["clock"]
-    setattr(training, ailments["collective"], wrong)
+    for name in ailments["collectives"]:
+        setattr(training, name, spoilt(getattr(training, name)))
+    comm.receive, comm.wait = noted, spoil_received
     training.batch_isend_irecv = slow
     if ailments["one_core"]:
         os.sched_setaffinity(0, {0})

@@ -13,6 +13,7 @@ from ..conftest import ROOT, Finished, free_ports, start_ranks
 pytestmark = pytest.mark.dist
 
 LIMIT = 120  # seconds
+COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single"]
 
 
 def findings(finished: Finished) -> dict[str, dict[str, Any]]:
@@ -54,7 +55,7 @@ def test_everything_broken_is_named_with_its_rank(
         "versions": str(other.parent),
         "clock": 5,
         "output_dir": str(tmp_path / "elsewhere"),
-        "collective": "all_to_all_single",
+        "collectives": COLLECTIVES,
         "link": 2,
         "one_core": True,
         "no_compiler": True,
@@ -68,7 +69,7 @@ def test_everything_broken_is_named_with_its_rank(
         "versions": ([1], "version.peft 0.0.1 instead of 0."),
         "clocks": ([1], "+5.0 s"),
         "machine": ([1], "cores 1 instead of "),
-        "collectives": ([1], "wrong result of all_to_all_single"),
+        "collectives": ([1], f"wrong result of {', '.join(COLLECTIVES)}, send and receive"),
         "links": ([1, 2], "ranks 1 and 2 exchange"),
         "compiled ops": ([1], "no C++ compiler (c++)"),
         "deepspeed": ([0, 1, 2], "zero_hpz_partition_size=2"),
@@ -97,7 +98,7 @@ def test_a_collective_that_hangs_is_a_finding_as_any_other(tiny_config: Callable
         "versions": str(tmp_path),
         "clock": 0,
         "output_dir": str(tmp_path / "run"),
-        "collective": "all_reduce",
+        "collectives": ["all_reduce"],
         "link": None,
         "one_core": False,
         "no_compiler": False,
