@@ -1,6 +1,7 @@
 """Whether a run fits, and the nearest settings that do."""
 
 import math
+import shlex
 import shutil
 import socket
 from contextlib import suppress
@@ -49,8 +50,8 @@ def nearest_fit(config: Config, cluster: Cluster) -> dict[str, Any] | None:
 
 
 def told(changes: dict[str, Any]) -> str:
-    """Changes as they are typed behind a verb and its config. Local."""
-    return " ".join(f"{key}={'true' if value is True else value}" for key, value in changes.items())
+    """Changes as they are typed behind a verb and its config, in a shell. Local."""
+    return shlex.join(f"{key}={'true' if value is True else value}" for key, value in changes.items())
 
 
 def verdict(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from mica_ds import factor
 from mica_ds.capacity import nearest_fit, replaced, told
 from mica_ds.checks import checkpoint_bytes
 from mica_ds.cli import app
@@ -81,6 +82,12 @@ def test_the_shipped_70b_config_takes_what_sums_by_hand_say(llama: Path) -> None
     assert costs.trained == trained
     assert costs.lora == trained + LAYERS * 16 * (HIDDEN + KEYS)
     assert costs.checkpoint == checkpoint_bytes(config)
+    assert costs.folder == 4 * costs.checkpoint + LAYERS * 4 * 16 * (HIDDEN + KEYS) + 4 * costs.lora
+    assert costs.reduced == 2 * 2 * trained * 15 / 16
+    # Fifteen sixteenths of each matrix come to its owner, and each of 16 owners has five of each kind.
+    assert costs.basis_moved == LAYERS * 2 * HIDDEN * (HIDDEN + KEYS) * 15 / 16
+    kinds = [(HIDDEN, HIDDEN), (KEYS, HIDDEN)]
+    assert costs.basis_seconds == pytest.approx(5 * sum(factor.cost(shape, 16) for shape in kinds))
     # All weights for the forward, a layer's again for its recomputation and backward; twice a step.
     layers = 2 * PARAMETERS - 4 * VOCABULARY * HIDDEN
     assert costs.gathered == pytest.approx(2 * 7 / 8 * (2 * layers + 4 * VOCABULARY * HIDDEN), rel=0.01)
@@ -181,6 +188,11 @@ def test_the_nearest_setting_fits_and_is_needed(gpu: float, overrides: list[str]
         assert make_plan(*replaced(config, cluster, others)).misfits, key
 
 
+def test_changes_can_be_pasted_into_a_shell() -> None:
+    changes = {"deepspeed": Path("/my files/zero3.json"), "train.activation_checkpointing": True, "--nodes": 2}
+    assert told(changes) == "'deepspeed=/my files/zero3.json' train.activation_checkpointing=true --nodes=2"
+
+
 def test_where_nothing_fits_it_says_so(llama: Path) -> None:
     assert nearest_fit(shipped(llama), gpus(1, gpu=2)) is None
 
@@ -207,6 +219,16 @@ def test_the_verb_needs_config_json_alone(tiny_config: Callable[..., Path], tmp_
     assert found["misfits"] == ["host"]
     assert found["cluster"]["ranks_per_node"] == 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [["--nodes", "1"], ["--nodes", "2"], ["--gpu-memory", "40"]])
+def test_the_readme_shows_what_it_prints(options: list[str], llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)  # as the README does: the shipped paths are relative
+    code, output = run("configs/llama-3.1-70b.yaml", f"model.path={llama}", *options)
+    assert code == (0 if "--nodes" in options else 2), output
+    lines = [line.rstrip() for line in output.splitlines()]
+    shown = "\n".join(lines if "--nodes" in options else lines[-2:])
+    assert shown in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

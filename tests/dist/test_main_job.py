@@ -13,7 +13,10 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+
+from mica_ds.config import flatten
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start
 from .test_basis import assert_bases_match, manifest
@@ -26,7 +29,8 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("main")
-    return [f"train.max_steps={STEPS}", f"output_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    places = [f"output_dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    return [f"train.max_steps={STEPS}", *places, "tracking.register_as=handbook"]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,9 @@ def test_the_summary_holds_every_figure(summary: dict[str, Any]) -> None:
 def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     client, found = _mlflow(run)
     assert found.info.status == "FINISHED"
-    assert found.data.params["adapter.r"] == "16"
+    resolved = flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    assert resolved["adapter.r"] == 16
+    assert found.data.params == {key: str(value) for key, value in resolved.items()}
     assert found.data.metrics["knowledge_after"] == summary["knowledge_after"]
     assert found.data.metrics["retention_before"] == summary["retention_before"]
     costs = {
@@ -124,8 +130,10 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     assert tags["attempt.1.version.torch"] == torch.__version__
     commit = start(["git", "rev-parse", "HEAD"])
     assert tags.get("attempt.1.git.commit") == (commit.output.strip() if commit.codes == [0] else None)
-    adapter = {artifact.path for artifact in client.list_artifacts(found.info.run_id, "adapter")}
-    assert "adapter/adapter_model.safetensors" in adapter
+    for folder, file in (("adapter", "adapter_model.safetensors"), ("basis", "manifest.json")):
+        assert f"{folder}/{file}" in {artifact.path for artifact in client.list_artifacts(found.info.run_id, folder)}
+    (version,) = client.search_model_versions("name = 'handbook'")
+    assert (version.run_id, version.source) == (found.info.run_id, f"{found.info.artifact_uri}/adapter")
 
 
 def test_every_step_is_measured_over_all_ranks(run: Path, summary: dict[str, Any]) -> None:
