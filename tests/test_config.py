@@ -1,6 +1,7 @@
 """Settings: overrides, refusals with the nearest key, and every YAML and JSON that we ship."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def test_every_shipped_config_is_valid(file: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda file: file.stem)
 def test_every_shipped_deepspeed_json_is_zero_3_for_deepspeed_itself(file: Path) -> None:
     assert DeepSpeedZeroConfig(**json.loads(file.read_text())["zero_optimization"]).stage == 3
+
+
+def test_the_shipped_cluster_has_the_gpus_of_a_node_that_the_shipped_settings_expect() -> None:
+    facts = 'source slurm/cluster.env; echo "$SBATCH_GPUS_PER_NODE ${CPU_JOB[*]} ${CONTAINER[*]}"'
+    said = subprocess.run(["bash", "-euc", facts], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    settings = json.loads((ROOT / "configs/deepspeed/zero3-multinode.json").read_text())
+    assert int(said.split()[0]) == settings["zero_optimization"]["zero_hpz_partition_size"]
 
 
 def test_the_studies_and_the_large_models_are_shipped() -> None:

@@ -34,9 +34,9 @@ class Site:
         self.variables["SBATCH_OUTPUT"] = f"{folder}/job-%j.log"
         self.run = folder / "run"
 
-    def submit(self, *options: str, settings: tuple[str, ...] = ()) -> str:
-        """Submit a training on both nodes; returns its number."""
-        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", *options, "slurm/train.sbatch"]
+    def submit(self, *options: str, verb: str = "train", settings: tuple[str, ...] = ()) -> str:
+        """Submit a job for a verb on both nodes; returns its number."""
+        command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", *options, f"slurm/{verb}.sbatch"]
         job = self.slurm.run(*command, str(self.config), *settings, **self.variables)
         assert job.isdigit(), job
         self.jobs.append(job)
@@ -137,6 +137,12 @@ def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> Non
     assert "14 matrices, r = 4, all from the cache" in log
     assert json.loads((site.run / "evaluation.json").read_text())["checkpoint"] == f"step-{STEPS:06d}"
     assert json.loads((site.run / "merged/merge.json").read_text())["checkpoint"].endswith(f"step-{STEPS:06d}")
+
+
+def test_the_doctor_as_a_job(site: Site) -> None:
+    job = site.submit(verb="doctor")
+    assert site.wait(job)["JobState"] == "COMPLETED", site.outputs()
+    assert "".join(site.outputs().values()).count(" good ") == 12, site.outputs()
 
 
 def test_a_cancelled_job(site: Site) -> None:
