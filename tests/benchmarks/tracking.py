@@ -2,9 +2,10 @@
 
     python tests/benchmarks/tracking.py [--only calls | logs] [--out FILE.json]
 
-The time inside the tracker's calls over the time of the step, in one run, with an `mlflow server` that is healthy, that
-is down, and that accepts requests and never answers; and the same of MLflow's own client, to the healthy one. Each step
-takes 50 ms, as no real one is shorter, and logs three metrics.
+The time inside the tracker's calls over the time of the step, in one run, with an `mlflow server` that is healthy, is
+down, accepts requests and never answers, answers 500, or is late by 30 s, and with the journal's disk full from the
+start (only root may mount one that can be filled); and the same of MLflow's own client, to the healthy server. Each
+step takes 50 ms, as no real one is shorter, and logs three metrics.
 
 Then the same of all that is done for a log entry, in a real training on two ranks of one thread: SmolLM2-135M, a
 sequence of 256 tokens a rank and step. It gathers from all ranks: waiting for the slower one is in its time.
@@ -13,6 +14,7 @@ sequence of 256 tokens a rank and step. It gathers from all ranks: waiting for t
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,19 +30,29 @@ from mlflow.entities import Metric
 sys.path.append(str(ROOT))
 from tests.conftest import environment, free_ports, write_config
 from tests.servers import Proxy, Server
+from tests.test_tracking import fill, small_disk
 
 STEPS, STEP = 300, 0.05
 RANKS, SKIPPED, TRAINED = 2, 3, 15  # the first steps record the order of modules
 SHARE = 0.02
+STOCK = "MLflow's client"
 
 
-def track(folder: Path, uri: str) -> dict[str, float]:
+def track(folder: Path, uri: str, *overrides: str) -> dict[str, float]:
     """Run tests/tracked.py against a store, and return what it has found."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     config = write_config(folder, Path("none"), tracking={"uri": uri, "experiment": folder.name})
-    command = [sys.executable, "-m", "tests.tracked", str(config), str(STEPS), str(STEP)]
+    command = [sys.executable, "-m", "tests.tracked", str(config), str(STEPS), str(STEP), *overrides]
     output = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"median"')))
+
+
+def track_on_a_full_disk(folder: Path, uri: str) -> dict[str, float]:
+    """The same where the journal's disk has no room from the first line to the last."""
+    folder.mkdir()
+    with small_disk(folder / "disk", "128k") as disk:
+        fill(disk)
+        return track(folder, uri, f"output_dir={disk}/run")
 
 
 def track_by_mlflow(uri: str) -> float:
@@ -108,22 +120,28 @@ def train_on_ranks(folder: Path, uri: str) -> list[dict[str, float]]:
 
 
 def measure_calls(folder: Path, server: Server) -> tuple[list[Row], dict[str, Any]]:
-    """The tracker's calls, with the server in each state, and MLflow's own."""
-    proxy = Proxy(server.port)
-    proxy.mode = "hang"
-    stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}", "hanging": proxy.uri}
+    """The tracker's calls, with the server in each state and on a full disk, and MLflow's own."""
+    stores = {"healthy": server.uri, "down": f"http://127.0.0.1:{free_ports(1)[0]}"}
+    proxies = {state: Proxy(server.port) for state in ("hanging", "answering 500", "late by 30 s")}
+    for proxy, mode in zip(proxies.values(), ("hang", "error", "delay"), strict=True):
+        proxy.mode, proxy.delay = mode, 30.0
+    stores |= {state: proxy.uri for state, proxy in proxies.items()}
     found: dict[str, Any] = {}
     try:
         for state, uri in stores.items():
             say(f"a server that is {state} ...")
-            found[state] = track(folder / state, uri)
-        found["MLflow's client"] = {"median": track_by_mlflow(server.uri)}
+            found[f"tracking, server {state}"] = track(folder / state, uri)
+        if os.geteuid() == 0:
+            say("a full disk ...")
+            found["tracking, the journal's disk full"] = track_on_a_full_disk(folder / "full", server.uri)
+        found[STOCK] = {"median": track_by_mlflow(server.uri)}
     finally:
-        proxy.close()
+        for proxy in proxies.values():
+            proxy.close()
     rows = [
         Row(name, "step", "1 x 1", share["median"] * STEP * 1e3, STEP * 1e3, at_most=at_most, unit="ms")
-        for state, share in found.items()
-        for name, at_most in [(f"tracking, server {state}", SHARE) if state in stores else (state, None)]
+        for name, share in found.items()
+        for at_most in [None if name == STOCK else SHARE]
     ]
     return rows, found
 
