@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica_ds.best import ranked_steps
 from mica_ds.config import load_config
+from mica_ds.journal import Reader
 
 from ..conftest import start_ranks, write_config
 from ..suites import write_hellaswag
@@ -110,6 +111,8 @@ def test_it_stops_when_patience_ends_and_exports_the_best(run: Run) -> None:
     log = history(run, summary["steps"])
     scored = {entry["step"]: entry for entry in log if "knowledge" in entry}
     assert list(scored) == list(range(0, summary["steps"] + 1, 2))  # the one that was due at the signal, too
+    lines = [line for line in Reader(run.folder).read() if line and "retention" in line.get("values", {})]
+    assert {line["step"]: line["values"] | {"step": line["step"]} for line in lines} == scored
     best, *_ = ranked_steps(log, load_config(run.config).evaluate)
     assert summary["exported_step"] == best < summary["steps"] < STEPS
     assert sum(step > best for step in scored) == PATIENCE
