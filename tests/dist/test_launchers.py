@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_a_script_trains(
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, 4)
     assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_nodes(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Both are this machine."""
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
+    command = ["bash", "launch/torchrun.sh", str(tiny_config())]
+    port = str(free_ports(1)[0])
+    variables = {"NUM_NODES": "2", "NUM_RANKS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(start, command, NODE_RANK=str(node), **variables) for node in range(2)]
+    assert [node.result().codes for node in nodes] == [[0], [0]], [node.result().output for node in nodes]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["world_size"], summary["steps"]) == (2, 4)
 
 
 @pytest.mark.parametrize(
