@@ -371,13 +371,18 @@ def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str
 def _check_deepspeed(path: Path) -> None:
     try:
         settings = json.loads(path.read_text())
-        stage = settings["zero_optimization"]["stage"]
+        zero = settings["zero_optimization"]
+        stage = zero["stage"]
     except OSError as error:
         raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"deepspeed: {path} is not JSON with zero_optimization.stage") from None
     if stage != 3:
         raise UserError(f"deepspeed: {path} asks for ZeRO stage {stage}; mica_ds works on the shards of stage 3")
+    places = ((settings, "comet"), (settings, "optimizer"), (zero, "offload_param"), (zero, "offload_optimizer"))
+    for place, section in places:
+        if not isinstance(place.get(section, {}), dict):
+            raise UserError(f"deepspeed: {path}: {section} is no section with keys and values; leave it out for none")
     if "api_key" in settings.get("comet", {}):
         raise UserError(f"deepspeed: {path} holds comet.api_key, which MLflow would get with the file: take it out")
     if "scheduler" in settings:

@@ -109,6 +109,12 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"zero_optimization": {"stage": 2}}, "asks for ZeRO stage 2"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": None}},
+            "offload_param is no section with keys and values",
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is no section"),
+        ({"optimizer": "AdamW"}, "optimizer is no section"),
         ({"optimizer": {"type": "Lion"}}, "has no optimizer of type Adam or AdamW"),
         ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler; set train.lr_scheduler_type instead"),
     ],

@@ -20,8 +20,10 @@ from typing import Any
 
 import mlflow
 import pytest
+from typer.testing import CliRunner
 
 from mica_ds import sender
+from mica_ds.cli import app
 from mica_ds.config import load_config
 from mica_ds.delivery import Delivery
 from mica_ds.errors import UserError
@@ -625,6 +627,24 @@ def test_stores_that_cannot_be_written_are_sent_to_later(
                 assert synced.codes == [0], synced.output
         for run in outputs:
             assert_same(run, run.uri)
+
+
+def test_what_cannot_be_sent_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/journal.jsonl").touch()
+    write_journal(tmp_path / "run", "refused", "sqlite:///none", "FINISHED")
+    for arguments, said in (
+        ([tmp_path / "nowhere"], "nowhere/journal.jsonl cannot be read: No such file or directory"),
+        ([tmp_path / "empty"], "empty: the journal holds no run"),
+        ([tmp_path / "run", "--uri", "http://edda:Torvane1907@tracker"], "holds a secret"),
+        ([tmp_path / "run", "--uri", "tracker"], "tracker is no store that MLflow knows"),
+    ):
+        refused = CliRunner().invoke(app, ["sync", *map(str, arguments)])
+        assert refused.exit_code == 2
+        assert refused.output.startswith("error: ")
+        assert said in refused.output
+        assert refused.output.count("\n") == 1
+        assert "Torvane1907" not in refused.output
 
 
 def test_runs_that_end_together_share_a_new_store(tmp_path: Path) -> None:
