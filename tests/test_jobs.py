@@ -1,0 +1,97 @@
+"""What the SLURM jobs ask of srun and do about its exit code; tests/dist/test_slurm.py runs them on a real SLURM."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT
+
+SRUN = """#!/bin/sh
+case "$*" in *--overlap*) exit $LOST ;; esac
+echo "$*" >srun
+echo "$MASTER_ADDR $MASTER_PORT" >meeting
+exit $CODE
+"""
+SCONTROL = """#!/bin/sh
+case $1 in show) printf 'n7\\nn8\\n' ;; *) echo "$*" >>scontrol ;; esac
+"""
+ALLOCATED = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+
+
+def submit(folder: Path, verb: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a job's script where srun and scontrol only note what they are asked for."""
+    shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "CLUSTER_"))}
+    given = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CODE": "0", "LOST": "0", **variables}
+    command = ["bash", f"slurm/{verb}.sbatch", *arguments]
+    return subprocess.run(command, cwd=folder, env=clean | given, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("verb", ["doctor", "basis", "train", "evaluate", "export"])
+def test_a_job_has_one_task_for_each_gpu(verb: str, tmp_path: Path) -> None:
+    done = submit(tmp_path, verb, "my.yaml", "train.seed=3", **ALLOCATED)
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "srun").read_text()
+    assert asked.startswith("--ntasks=16 --ntasks-per-node=8 --distribution=block ")
+    assert asked.endswith(f" .venv/bin/python -m mica_ds {verb} my.yaml train.seed=3\n")
+    assert (tmp_path / "meeting").read_text() == "n7 11234\n"  # the first node, and a port of the job's own
+    again = submit(tmp_path, verb, "my.yaml", **ALLOCATED, SLURM_NTASKS_PER_NODE="2", SLURM_RESTART_COUNT="1")
+    assert again.returncode == 0, again.stderr
+    asked = (tmp_path / "srun").read_text()
+    assert asked.startswith("--ntasks=4 --ntasks-per-node=2 ")  # where it is said, on nodes without GPUs
+    assert asked.endswith(f" {verb} my.yaml resume=auto\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "lost", "is_requeued"),
+    [(0, 0, False), (2, 0, False), (75, 0, True), (1, 0, False), (137, 1, True)],
+)
+def test_a_job_is_requeued_after_a_signal_or_the_loss_of_a_node(
+    code: int, lost: int, is_requeued: bool, tmp_path: Path
+) -> None:
+    done = submit(tmp_path, "train", "my.yaml", **ALLOCATED, CODE=str(code), LOST=str(lost))
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "scontrol").exists() is is_requeued
+    if is_requeued:
+        assert (tmp_path / "scontrol").read_text() == "requeue 41234\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "reason"),
+    [
+        ([], ALLOCATED, "no config; sbatch [options] slurm/<verb>.sbatch CONFIG"),
+        (["my.yaml"], {**ALLOCATED, "SLURM_GPUS_ON_NODE": ""}, "no GPUs allocated; source slurm/cluster.env before"),
+        (["my.yaml"], {**ALLOCATED, "CLUSTER_ENV": "other.env"}, "other.env is missing; CLUSTER_ENV names the file"),
+        (["my.yaml"], {**ALLOCATED, "SLURM_ARRAY_TASK_ID": "1"}, "the jobs of an array would share a run folder"),
+    ],
+)
+def test_a_job_that_cannot_be_meant_says_why(
+    arguments: list[str], variables: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    refused = submit(tmp_path, "train", *arguments, **variables)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: {reason}")
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "srun").exists()
+
+
+def test_an_array_numbers_its_folders(tmp_path: Path) -> None:
+    settings = ["output_dir=runs/study-%a", "train.seed=%a"]
+    done = submit(tmp_path, "train", "my.yaml", *settings, **ALLOCATED, SLURM_ARRAY_TASK_ID="3")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "srun").read_text().endswith(" my.yaml output_dir=runs/study-3 train.seed=3\n")
+
+
+def test_a_job_elsewhere_than_in_the_repository_says_so(tmp_path: Path) -> None:
+    refused = subprocess.run(
+        ["bash", ROOT / "slurm/train.sbatch", "my.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {tmp_path} is not the repository's root; submit from there, or with --chdir\n"
