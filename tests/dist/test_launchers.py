@@ -119,6 +119,25 @@ def test_torchrun_trains_on_two_nodes(tiny_config: Callable[..., Path], tmp_path
 
 
 @pytest.mark.parametrize(
+    ("command", "variables", "reason"),
+    [
+        ("train.sh", {}, "no config; bash launch/train.sh CONFIG [key=value ...]"),
+        ("torchrun.sh my.yaml", {"NUM_NODES": "2"}, "NUM_NODES=2 needs NODE_RANK"),
+        ("torchrun.sh my.yaml", {"NUM_NODES": "2", "NODE_RANK": "1"}, "NUM_NODES=2 needs NODE_RANK"),
+        ("multinode.sh my.yaml", {}, "no HOSTFILE; write a line for each node"),
+        ("multinode.sh my.yaml", {"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere is not a file"),
+    ],
+)
+def test_a_script_says_what_it_needs(command: str, variables: dict[str, str], reason: str) -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
+    refused = start(["bash", *f"launch/{command}".split()], **variables)
+    assert refused.codes == [2]
+    assert refused.output.startswith(f"error: {reason}")
+    assert refused.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("hostfile", "reason"),
     [("n1 slots=1\nn9 slots=1\n", "n9 does not answer"), ("n1\n", "gives no ranks"), ("# n1 slots=1\n", "no node")],
 )
