@@ -115,6 +115,12 @@ def _read_environment() -> None:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(f"{os.environ['WORLD_SIZE']} ranks, but no MASTER_ADDR and MASTER_PORT to meet at; export both")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, port)  # torch (2.13) would ask again for ten minutes
+    except OSError as error:
+        where = f"MASTER_ADDR={address} and MASTER_PORT={port} name no place to meet"
+        raise UserError(f"{where} that {socket.gethostname()} knows: {error.strerror}") from None
 
 
 def _free_port() -> int:
