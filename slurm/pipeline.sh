@@ -22,8 +22,10 @@ while [[ "${1:-}" == -* ]]; do
 done
 [ $# -gt 0 ] || fail "no config; bash slurm/pipeline.sh --nodes=2 CONFIG [key=value ...]"
 [ -f "$1" ] || fail "$1 is not a file; options of sbatch are written as --name=value, before CONFIG"
+cluster=${CLUSTER_ENV:-slurm/cluster.env}
+[ -f "$cluster" ] || fail "$cluster is missing; CLUSTER_ENV names the file of cluster facts, without it slurm/cluster.env"
 set +u # environment modules read unset variables
-source "${CLUSTER_ENV:-slurm/cluster.env}"
+source "$cluster"
 set -u
 
 for verb in basis train evaluate export; do

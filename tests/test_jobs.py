@@ -15,22 +15,35 @@ echo "$*" >srun
 echo "$MASTER_ADDR $MASTER_PORT" >meeting
 exit $CODE
 """
+SBATCH = """#!/bin/sh
+echo "$*" >>sbatch
+case "$*" in *"$REFUSED"*) exit 1 ;; esac
+wc -l <sbatch
+"""
 SCONTROL = """#!/bin/sh
 case $1 in show) printf 'n7\\nn8\\n' ;; *) echo "$*" >>scontrol ;; esac
+"""
+SCANCEL = """#!/bin/sh
+echo "$*" >scancel
 """
 ALLOCATED = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "n[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
 
 
 def submit(folder: Path, verb: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a job's script where srun and scontrol only note what they are asked for."""
+    """Run a job's script where SLURM's programs only note what they are asked for."""
+    return call(folder, f"{verb}.sbatch", *arguments, **variables)
+
+
+def call(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The same for any script of the folder."""
     shutil.copytree(ROOT / "slurm", folder / "slurm", dirs_exist_ok=True)
     (folder / "bin").mkdir(exist_ok=True)
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH), ("scancel", SCANCEL)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "CLUSTER_"))}
-    given = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CODE": "0", "LOST": "0", **variables}
-    command = ["bash", f"slurm/{verb}.sbatch", *arguments]
+    given = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CODE": "0", "LOST": "0", "REFUSED": "none", **variables}
+    command = ["bash", f"slurm/{script}", *arguments]
     return subprocess.run(command, cwd=folder, env=clean | given, capture_output=True, text=True)
 
 
@@ -95,3 +108,41 @@ def test_a_job_elsewhere_than_in_the_repository_says_so(tmp_path: Path) -> None:
     )
     assert refused.returncode == 2
     assert refused.stderr == f"error: {tmp_path} is not the repository's root; submit from there, or with --chdir\n"
+
+
+def test_a_pipeline_is_four_jobs_that_wait_for_one_another(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").touch()
+    done = call(tmp_path, "pipeline.sh", "--nodes=2", "--format=merged", "my.yaml", "train.seed=3")
+    assert done.returncode == 0, done.stderr
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        [f"{verb}:", "job", str(number)] for number, verb in enumerate(("basis", "train", "evaluate", "export"), 1)
+    ]
+    on_cpus, after = "--gpus-per-node=0 --nodes=1 --ntasks-per-node=8", "--kill-on-invalid-dep=yes"
+    assert (tmp_path / "sbatch").read_text().splitlines() == [
+        f"--parsable {on_cpus} slurm/basis.sbatch my.yaml train.seed=3",
+        f"--parsable --nodes=2 --dependency=afterok:1 {after} slurm/train.sbatch my.yaml train.seed=3",
+        f"--parsable --nodes=2 --dependency=afterok:2 {after} slurm/evaluate.sbatch my.yaml train.seed=3",
+        f"--parsable {on_cpus} --dependency=afterok:3 {after} slurm/export.sbatch my.yaml train.seed=3 --format=merged",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "reason", "cancelled"),
+    [
+        (["--nodes=2"], {}, "no config; bash slurm/pipeline.sh --nodes=2 CONFIG", ""),
+        (["--nodes", "2", "my.yaml"], {}, "2 is not a file; options of sbatch are written as --name=value", ""),
+        (["my.yaml"], {"CLUSTER_ENV": "other.env"}, "other.env is missing; CLUSTER_ENV names the file", ""),
+        (["my.yaml"], {"REFUSED": "evaluate"}, "sbatch refused the job for evaluate, for the reason above", "1 2\n"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_meant_says_why(
+    arguments: list[str], variables: dict[str, str], reason: str, cancelled: str, tmp_path: Path
+) -> None:
+    (tmp_path / "my.yaml").touch()
+    refused = call(tmp_path, "pipeline.sh", *arguments, **variables)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"error: {reason}")
+    assert refused.stderr.count("\n") == 1
+    assert (tmp_path / "scancel").exists() is bool(cancelled)
+    if cancelled:
+        assert (tmp_path / "scancel").read_text() == cancelled
