@@ -144,6 +144,24 @@ def test_architectures_are_counted_as_they_are(tiny_config: Callable[..., Path])
         assert sizes(plan, "loss", "host")["activations"] > 2 * 32 * 40 * 4 * 2
 
 
+def test_the_other_methods_have_no_bases(tiny_config: Callable[..., Path]) -> None:
+    for method in ("full", "lora"):
+        config = load_config(tiny_config(adapter={"method": method}))
+        plan, model = make_plan(config, Cluster(1, 2, 0, 8 * GIB)), skeleton(config)[0]
+        loss, costs = sizes(plan, "loss", "host"), count_costs(config, plan)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert costs.trained == trained
+        assert loss["optimizer"] == 8 * trained / 2  # two moments; fp32 weights are their own masters
+        assert costs.checkpoint == 12 * trained
+        assert "bases" not in plan.stages
+        assert (costs.basis_moved, costs.basis_seconds) == (0, 0)
+        if method == "full":
+            assert loss["partitions"] == 4 * trained / 2
+            assert "adapters" not in loss
+        else:
+            assert costs.lora == trained
+
+
 def test_weights_are_gathered_by_deepspeeds_rules(tiny_config: Callable[..., Path]) -> None:
     config = load_config(tiny_config())
     model, _, _ = skeleton(config)
