@@ -24,5 +24,10 @@ done 3<"$HOSTFILE"
 export DS_ENV_FILE=.venv/launch.env
 taken='TORCH_EXTENSIONS_DIR|OMP_NUM_THREADS|HF_HOME|HF_HUB_OFFLINE|GLOO_\w+|NCCL_\w+|DEEPSPEED_TIMEOUT'
 env | grep -E "^($taken)=" >"$DS_ENV_FILE" || true
+# Those of MLflow it takes all, on a command line that everyone on the nodes can read: not the secrets among them.
+for secret in $(compgen -e MLFLOW_ | grep -E '(PASSWORD|PASSWD|TOKEN|SECRET|KEY)$' || true); do
+  echo "warning: $secret stays here: the nodes would show it; keep a password in ~/.mlflow/credentials, or sync later" >&2
+  unset "$secret"
+done
 exec deepspeed --hostfile "$HOSTFILE" --force_multi --no_local_rank --venv_script "$PWD/.venv/bin/activate" \
   --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" --module mica_ds train "$@"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from mica_ds.cli import app
 
-from ..conftest import ROOT, Finished, free_ports, start
+from ..conftest import ROOT, Finished, environment, free_ports, start
 from ..remote import hosts, obstacle
 from .test_basis import manifest
 
@@ -135,6 +135,24 @@ def test_a_script_says_what_it_needs(command: str, variables: dict[str, str], re
     assert refused.codes == [2]
     assert refused.output.startswith(f"error: {reason}")
     assert refused.output.count("\n") == 1
+
+
+def test_a_secret_stands_on_no_nodes_command_line(tmp_path: Path) -> None:
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("run `bash launch/setup.sh` first: the scripts run .venv's Python")
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    (tmp_path / "bin").mkdir()
+    for name, text in (("ssh", "exit 0"), ("pdsh", f'echo "$*" >{tmp_path}/asked')):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/bin:{environment()['PATH']}", "HOSTFILE": str(tmp_path / "hosts")}
+    variables |= {"MLFLOW_TRACKING_USERNAME": "edda", "MLFLOW_TRACKING_PASSWORD": "Torvane1907"}
+    finished = start(["bash", "launch/multinode.sh", "my.yaml"], **variables)
+    assert finished.codes == [0], finished.output
+    asked = (tmp_path / "asked").read_text()
+    assert "MLFLOW_TRACKING_USERNAME=edda" in asked  # this much DeepSpeed takes
+    assert "warning: MLFLOW_TRACKING_PASSWORD stays here" in finished.output
+    assert "Torvane1907" not in asked + finished.output
 
 
 @pytest.mark.parametrize(
