@@ -3,6 +3,9 @@
 import base64
 import os
 import re
+from configparser import Error as ConfigError
+from configparser import RawConfigParser
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
@@ -53,14 +56,23 @@ def holds_secret(text: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """What another program has said, without the secrets of this one's environment and of addresses. Local."""
-    secrets = [value for key, value in os.environ.items() if _VARIABLES.search(key) and len(value) >= _SHORTEST]
-    if password := os.environ.get("MLFLOW_TRACKING_PASSWORD"):  # as HTTP sends it
-        pair = f"{os.environ.get('MLFLOW_TRACKING_USERNAME', '')}:{password}"
-        secrets.append(base64.b64encode(pair.encode()).decode())
+    """What another program has said, without the secrets of this one's environment, MLflow's file, or addresses. Local."""
+    secrets = [value for key, value in os.environ.items() if _VARIABLES.search(key)]
+    user, password = (_credential(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
+    if password:  # also as HTTP sends it
+        secrets += [password, base64.b64encode(f"{user}:{password}".encode()).decode()]
+    secrets = [secret for secret in secrets if len(secret) >= _SHORTEST]
     for secret in sorted([*secrets, *(repr(secret)[1:-1] for secret in secrets)], key=len, reverse=True):
         text = text.replace(secret, "…")
     return re.sub(r"(?<=://)[^/\s]*@", "", text)
+
+
+def _credential(name: str) -> str:
+    """A variable of the environment, or what stands for it in the file where MLflow (3.17) looks then."""
+    file = RawConfigParser()
+    with suppress(ConfigError, OSError, UnicodeDecodeError):
+        file.read(Path("~/.mlflow/credentials").expanduser())
+    return os.environ.get(name) or str(file.get("mlflow", name, fallback=""))
 
 
 def resolve_uri(uri: str) -> str:

@@ -537,6 +537,20 @@ def test_what_others_say_is_shown_without_secrets(said: str, shown: str, monkeyp
     assert without_secrets(said) == shown
 
 
+def test_nor_with_those_of_the_file_that_mlflow_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("USERNAME", "PASSWORD"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = f"{SECRET} is wrong: Authorization: Basic {IN_HTTP}"
+    assert without_secrets(said) == said
+    (tmp_path / ".mlflow").mkdir()
+    file = tmp_path / ".mlflow/credentials"
+    file.write_text(f"[mlflow]\nmlflow_tracking_username = edda\nmlflow_tracking_password = {SECRET}\n")
+    assert without_secrets(said) == "… is wrong: Authorization: Basic …"
+    file.write_text("no sections\n")
+    assert without_secrets(said) == said
+
+
 @pytest.mark.parametrize(
     "override",
     [
