@@ -56,7 +56,7 @@ def holds_secret(text: str) -> bool:
 
 
 def without_secrets(text: str) -> str:
-    """What another program has said, without the secrets of this one's environment, MLflow's file, or addresses. Local."""
+    """What another program has said, without the secrets of the environment, MLflow's file, or addresses. Local."""
     secrets = [value for key, value in os.environ.items() if _VARIABLES.search(key)]
     user, password = (_credential(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
     if password:  # also as HTTP sends it
