@@ -14,8 +14,8 @@ from mica_ds import cli, comm
 
 def main() -> None:
     """AILMENTS: the `rank`, a folder of other `versions`, seconds by which its `clock` is ahead, its own `output_dir`,
-    `collectives` whose results it gets wrong, a `link` (rank) that is slow for it, and whether it has `one_core`, finds
-    `no_compiler` or `hangs` in these collectives.
+    `collectives` whose results it gets wrong, a `link` (rank) that is slow and late for it, and whether it has
+    `one_core`, finds `no_compiler` or `hangs` in these collectives.
     """
     ailments = json.loads(os.environ["AILMENTS"])
     if str(ailments["rank"]) == os.environ["RANK"]:
@@ -51,8 +51,8 @@ def _fall_ill(verb: Callable[[], None], ailments: dict[str, Any]) -> None:
             tensor[-1] += 1
 
     def slow(operations: list[Any]) -> Any:
-        if operations[0].peer == ailments["link"] and operations[0].tensor.numel() > 1:
-            time.sleep(1)
+        if operations[0].peer == ailments["link"]:
+            time.sleep(1 if operations[0].tensor.numel() > 1 else 0.05)
         return exchange(operations)
 
     time.time = lambda: now() + ailments["clock"]

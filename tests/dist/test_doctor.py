@@ -83,6 +83,7 @@ def test_everything_broken_is_named_with_its_rank(
         assert (found[name]["ranks"], found[name]["is_good"]) == (ranks, False), found[name]
         assert part in found[name]["detail"], found[name]
         assert found[name]["advice"], found[name]
+    assert "ranks 1 and 2 need " in found["links"]["detail"]
     assert found.keys() == expected.keys()
     assert "Traceback" not in finished.output
     for folder in ("run", "elsewhere", "tokens"):
