@@ -139,6 +139,21 @@ def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> Non
     assert json.loads((site.run / "merged/merge.json").read_text())["checkpoint"].endswith(f"step-{STEPS:06d}")
 
 
+def test_a_job_that_is_requeued_preempted_and_loses_a_node(site: Site, loss: float) -> None:
+    slurm, job = site.slurm, site.submit()
+    site.wait_for_step(4)
+    slurm.run("scontrol", "requeue", job)
+    site.wait_for_step(8)
+    options = ["--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 2"]
+    urgent = slurm.run("sbatch", "--parsable", *options)
+    assert site.wait(urgent)["JobState"] == "COMPLETED"
+    site.wait_for_step(12)
+    slurm.lose_node("n2")
+    site.wait(job, "PENDING")
+    slurm.start_node("n2")
+    site.assert_ends_as(job, loss, restarts=3)
+
+
 def test_the_doctor_as_a_job(site: Site) -> None:
     job = site.submit(verb="doctor")
     assert site.wait(job)["JobState"] == "COMPLETED", site.outputs()
@@ -181,25 +196,6 @@ def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path],
     undisturbed = make_site(tmp_path / "undisturbed")
     undisturbed.wait(undisturbed.submit(settings=longer))
     site.assert_ends_as(job, undisturbed.summary()["final_loss"], int(about["Restarts"]), steps)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("interruption", ["preemption", "requeue", "lost node"])
-def test_an_interrupted_job(interruption: str, site: Site, loss: float) -> None:
-    slurm, job = site.slurm, site.submit()
-    site.wait_for_step(8)
-    match interruption:
-        case "preemption":
-            options = ["--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 2"]
-            urgent = slurm.run("sbatch", "--parsable", *options)
-            assert site.wait(urgent)["JobState"] == "COMPLETED"
-        case "requeue":
-            slurm.run("scontrol", "requeue", job)
-        case "lost node":
-            slurm.lose_node("n2")
-            site.wait(job, "PENDING")
-            slurm.start_node("n2")
-    site.assert_ends_as(job, loss)
 
 
 @pytest.mark.slow
