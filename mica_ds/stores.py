@@ -71,7 +71,7 @@ def _credential(name: str) -> str:
     """A variable of the environment, or what stands for it in the file where MLflow (3.17) looks then."""
     file = RawConfigParser()
     with suppress(ConfigError, OSError, UnicodeDecodeError):
-        file.read(Path("~/.mlflow/credentials").expanduser())
+        file.read(os.path.expanduser("~/.mlflow/credentials"))
     return os.environ.get(name) or str(file.get("mlflow", name, fallback=""))
 
 
