@@ -42,15 +42,11 @@ def start() -> None:
     """
     global _group
     _read_environment()
-    _choose_accelerator()
     if not torch.cuda.is_available():
         require_compiler()  # DeepSpeed compiles its shared-memory collectives
-    # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.
-    sys.modules["mlflow"] = None  # type: ignore[assignment]
-    _quieten(int(os.environ["RANK"]))
+    load_deepspeed(is_quiet=os.environ["RANK"] != "0")
     import deepspeed
 
-    del sys.modules["mlflow"]
     # Before TrainingArguments: else transformers' zero.Init sees a world of one (measured, 5.23.0).
     # DeepSpeed (0.19.8) prints on every rank that it has built its op.
     with redirect_stdout(io.StringIO()):
@@ -66,15 +62,23 @@ def start_alone() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def stand_alone() -> None:
-    """Make ready for work on sizes alone, in a process that is no rank and meets none. Local."""
-    _choose_accelerator()
-    _quieten(1)
-
-
-def _choose_accelerator() -> None:
+def load_deepspeed(is_quiet: bool) -> None:
+    """Import DeepSpeed, before any module that does; `is_quiet` lets it and other libraries show only errors. Local."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    import transformers
+    from deepspeed.utils import logger
+
+    if sys.modules["mlflow"] is None:
+        del sys.modules["mlflow"]
+    logger.setLevel("ERROR" if is_quiet else "WARNING")
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
+    if is_quiet:
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
 
 def require_compiler() -> None:
@@ -121,19 +125,6 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def _quieten(rank: int) -> None:
-    """Rank 0 shows warnings, the others only errors; the libraries' banners are shown by none."""
-    import transformers
-    from deepspeed.utils import logger
-
-    logger.setLevel("WARNING" if rank == 0 else "ERROR")
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
-    if rank != 0:
-        warnings.simplefilter("ignore")
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
 
 
 def rank() -> int:
