@@ -52,7 +52,7 @@ from mica_ds.resume import (
     start_point,
 )
 from mica_ds.scores import MEASURES, Scores, compare, is_scored, remove_rows, write_rows
-from mica_ds.shards import CheckpointSource, PartitionSource, Source
+from mica_ds.shards import CheckpointSource, PartitionSource, WeightSource
 from mica_ds.shelf import check_origin, find_checkpoint, remove_checkpoints, step_of, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
@@ -320,7 +320,7 @@ def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
     return model, peak_rss() - before
 
 
-def _bases(config: Config, source: Source) -> Basis:
+def _bases(config: Config, source: WeightSource) -> Basis:
     seed = config.train.get("seed", TrainingArguments.seed)
     found = build_basis(source, config.adapter, config.basis, seed, config.output_dir / "basis")
     how = f"{found.solved} solved" if found.solved else "all from the cache"
