@@ -133,12 +133,11 @@ class RunCallback(TrainerCallback):
         self._tracker.metrics({"skipped_steps": self._facts["skipped_steps"]}, step=step)
         comm.say(f"warning: step {step} is skipped: its loss or gradient is not finite")
         if self._skipped_in_a_row == self._config.checkpoint.max_skipped:
-            error = UserError(
+            raise UserError(
                 f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
-                "finite: lower train.learning_rate, or set resume to an older checkpoint"
+                "finite: lower train.learning_rate, or set resume to an older checkpoint",
+                agreed=True,
             )
-            error.agreed = True
-            raise error
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.is_preempted:

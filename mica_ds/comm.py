@@ -286,9 +286,7 @@ def failing_together() -> Iterator[None]:
     is_user_error, message = theirs[first]
     if not is_user_error:
         raise error or _PeerError(f"rank {first} failed: {message}")
-    agreed = UserError(message)
-    agreed.agreed = True
-    raise agreed from None
+    raise UserError(message, agreed=True) from None
 
 
 def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:

@@ -118,11 +118,9 @@ def train(config: Config) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine, scores = trainer.saved, trainer.model_wrapped, trainer.run.scores
             if trainer.run.is_preempted:
-                stopped = Preempted(
-                    f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on"
+                raise Preempted(
+                    f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on", agreed=True
                 )
-                stopped.agreed = True
-                raise stopped
         else:
             engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one
@@ -273,9 +271,7 @@ def doctor(config: Config, as_json: bool) -> None:
     if comm.is_main():
         print_results(results, as_json)
     if failed := [result.name for result in results if not result.is_good]:
-        error = UserError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
-        error.agreed = True
-        raise error
+        raise UserError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}", agreed=True)
 
 
 def _open_run_folder(config: Config) -> Path:
