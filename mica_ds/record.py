@@ -11,12 +11,13 @@ from mica_ds import comm, figures
 from mica_ds.about import environment
 from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
-from mica_ds.config import Config, save_config
+from mica_ds.config import Config
 from mica_ds.errors import UserError
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
 from mica_ds.scores import course, remove_rows
+from mica_ds.settings import save_settings
 from mica_ds.shelf import read_state, remove_checkpoints, writing
 from mica_ds.tracking import Tracker
 
@@ -41,7 +42,7 @@ def record_beginning(config: Config, about_data: dict[str, Any], tracker: Tracke
     with comm.failing_together():
         if comm.is_main():
             with writing(folder):
-                save_config(config, folder / "config.yaml")
+                save_settings(config, folder / "config.yaml")
                 (folder / "environment.txt").write_text(environment())
                 tracker.artifact(write_report(about_data, folder))
             for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
