@@ -147,9 +147,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the tables.")] = False,
 ) -> None:
     """Predict from config.json alone what a run takes on a cluster, and what to change where it does not fit."""
-    from mica_ds import comm
+    from mica_ds import process
 
-    comm.load_deepspeed(is_quiet=True)
+    process.load_deepspeed(is_quiet=True)
     from mica_ds.plan import GIB, Cluster
     from mica_ds.sheet import print_plan
 
