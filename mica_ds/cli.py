@@ -150,8 +150,9 @@ def plan(
     from mica_ds import process
 
     process.load_deepspeed(is_quiet=True)
-    from mica_ds.plan import GIB, Cluster
+    from mica_ds.plan import GIB
     from mica_ds.sheet import print_plan
+    from mica_ds.zero import Cluster
 
     memory = (int(GIB * size) for size in (gpu_memory, host_memory, nvme))
     try:
