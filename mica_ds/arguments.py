@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from mica_ds import comm
+from mica_ds import process
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.data import Sequences
 from mica_ds.errors import UserError
@@ -48,7 +48,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
         )
     deepspeed = read_deepspeed(config)
     if "offload_optimizer" in deepspeed["zero_optimization"]:
-        comm.require_compiler()
+        process.require_compiler()
     try:
         return TrainingArguments(
             **_arguments(config),

@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from mica_ds.config import Config, EvaluateSettings, Section, flatten, load_config, read_settings
+from mica_ds.config import Config, EvaluateSettings, load_config
 from mica_ds.errors import UserError
+from mica_ds.settings import Section, flatten, read_settings
 
 # What the study itself sets for each run, and what an arm may set: the rest is the same data and budget for all.
 _OWN = ("train.learning_rate", "train.seed", "output_dir", "resume", "tracking.parent", "checkpoint.max_skipped")

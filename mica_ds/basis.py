@@ -27,7 +27,7 @@ from mica_ds.config import AdapterSettings, BasisSettings
 from mica_ds.errors import UserError
 from mica_ds.fingerprint import describe, mixed_sum
 from mica_ds.progress import Progress
-from mica_ds.shards import Matrix, Source
+from mica_ds.shards import Matrix, WeightSource
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Basis:
         }
 
 
-def build_basis(source: Source, adapter: AdapterSettings, settings: BasisSettings, seed: int, folder: Path) -> Basis:
+def build_basis(
+    source: WeightSource, adapter: AdapterSettings, settings: BasisSettings, seed: int, folder: Path
+) -> Basis:
     """Solve each matrix once across the ranks, from their slices, or take it from the cache. Collective.
 
     Args:
@@ -122,7 +124,9 @@ def warnings(manifest: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _solve(source: Source, missing: list[int], wanted: Wanted, settings: BasisSettings, folder: Path) -> dict[str, str]:
+def _solve(
+    source: WeightSource, missing: list[int], wanted: Wanted, settings: BasisSettings, folder: Path
+) -> dict[str, str]:
     """Solve the given matrices, each at its owner, into the cache, and return their fingerprints. Collective."""
     with comm.failing_together():
         try:
@@ -144,7 +148,7 @@ def _solve(source: Source, missing: list[int], wanted: Wanted, settings: BasisSe
 
 
 def _solve_shipped(
-    source: Source, chosen: list[int], wanted: Wanted, settings: BasisSettings, folder: Path, progress: Progress
+    source: WeightSource, chosen: list[int], wanted: Wanted, settings: BasisSettings, folder: Path, progress: Progress
 ) -> dict[str, str]:
     matrices = [source.matrices[i] for i in chosen]
     owners = exchange.assign_owners(matrices, wanted.r, comm.world_size())
@@ -183,7 +187,7 @@ def _solve_one(
 
 
 def _solve_by_gram(
-    source: Source, chosen: list[int], wanted: Wanted, folder: Path, progress: Progress
+    source: WeightSource, chosen: list[int], wanted: Wanted, folder: Path, progress: Progress
 ) -> tuple[dict[str, str], set[int]]:
     """Also returns those that did not converge."""
     fingerprints = _fingerprints(source, chosen, wanted.r)
@@ -213,7 +217,7 @@ def _seed(wanted: Wanted, matrix: Matrix) -> int:
     return wanted.seed + zlib.crc32(matrix.name.encode())
 
 
-def _fingerprints(source: Source, chosen: list[int], r: int) -> dict[str, str]:
+def _fingerprints(source: WeightSource, chosen: list[int], r: int) -> dict[str, str]:
     """A fingerprint of each of some whole matrices, the same for every cut and number of ranks. Collective.
 
     A sum over the elements of their bits, weighted by their place: the slices' sums add up.

@@ -16,7 +16,8 @@ from mica_ds.config import Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.memory import readable
 from mica_ds.meter import rss
-from mica_ds.plan import Cluster, Plan, make_plan
+from mica_ds.plan import Plan, make_plan
+from mica_ds.zero import Cluster
 
 NODES = "--nodes"
 PLACES = {"gpu": "a GPU", "host": "host memory a rank", "nvme": "NVMe a rank"}

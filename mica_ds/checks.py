@@ -18,7 +18,7 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, FusedAdamBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from mica_ds import comm
+from mica_ds import comm, process
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.arguments import accumulation_steps, training_arguments
 from mica_ds.chat import ChatError, encode_chat
@@ -97,7 +97,7 @@ def compiled_ops(config: Config) -> str:
         builders.append(AsyncIOBuilder())
     for builder in builders:
         try:
-            comm.require_compiler()
+            process.require_compiler()
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
             lines = str(error).strip().splitlines()

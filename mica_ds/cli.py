@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -43,6 +43,12 @@ def _run(verb: str, config: Path, overrides: list[str] | None, **options: Any) -
             getattr(recipe, verb)(settings, **options)
 
     comm.run(main)
+
+
+def _refuse(reason: UserError | str) -> NoReturn:
+    """What `comm.run` does with a user's mistake, for verbs that join no group."""
+    print(f"error: {reason}", file=sys.stderr)
+    raise typer.Exit(2) from None
 
 
 @app.command()
@@ -141,21 +147,20 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of the tables.")] = False,
 ) -> None:
     """Predict from config.json alone what a run takes on a cluster, and what to change where it does not fit."""
-    from mica_ds import comm
+    from mica_ds import process
 
-    comm.stand_alone()
-    from mica_ds.plan import GIB, Cluster
+    process.load_deepspeed(is_quiet=True)
+    from mica_ds.plan import GIB
     from mica_ds.sheet import print_plan
+    from mica_ds.zero import Cluster
 
     memory = (int(GIB * size) for size in (gpu_memory, host_memory, nvme))
     try:
         fits = print_plan(load_config(config, overrides), Cluster(nodes, gpus_per_node, *memory), as_json)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        _refuse(error)
     except Exception as error:  # of the model's code, which is run without data
-        print(f"error: model.path: this model cannot be counted: {error!r}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        _refuse(f"model.path: this model cannot be counted: {error!r}")
     if not fits:
         raise typer.Exit(2)
 
@@ -171,5 +176,4 @@ def sync(
             check_uri(uri)
         print(sender.sync(folder, resolve_uri(uri) if uri else None))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        _refuse(error)

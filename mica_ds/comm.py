@@ -7,11 +7,9 @@ DeepSpeed's own group (NCCL on GPUs) carries the training.
 import io
 import os
 import secrets
-import shutil
 import socket
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -19,10 +17,9 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from mica_ds import signals
+from mica_ds import process, signals
 from mica_ds.errors import Preempted, UserError
 from mica_ds.watchdog import Watchdog
 
@@ -41,16 +38,12 @@ def start() -> None:
     The rank comes from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun, accelerate) or from srun's variables.
     """
     global _group
-    _read_environment()
-    _choose_accelerator()
+    process.find_ranks()
     if not torch.cuda.is_available():
-        require_compiler()  # DeepSpeed compiles its shared-memory collectives
-    # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.
-    sys.modules["mlflow"] = None  # type: ignore[assignment]
-    _quieten(int(os.environ["RANK"]))
+        process.require_compiler()  # DeepSpeed compiles its shared-memory collectives
+    process.load_deepspeed(is_quiet=os.environ["RANK"] != "0")
     import deepspeed
 
-    del sys.modules["mlflow"]
     # Before TrainingArguments: else transformers' zero.Init sees a world of one (measured, 5.23.0).
     # DeepSpeed (0.19.8) prints on every rank that it has built its op.
     with redirect_stdout(io.StringIO()):
@@ -58,88 +51,13 @@ def start() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    _share_cores()
+    place = process.own_cores()
+    process.share_cores(gather(place).count(place))
 
 
 def start_alone() -> None:
     """Become a group of one for what trains nothing: without DeepSpeed, which compiles ops on a CPU. Local."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-
-
-def stand_alone() -> None:
-    """Make ready for work on sizes alone, in a process that is no rank and meets none. Local."""
-    _choose_accelerator()
-    _quieten(1)
-
-
-def _choose_accelerator() -> None:
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-
-
-def require_compiler() -> None:
-    """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise UserError(f"no C++ compiler ({compiler}) on {socket.gethostname()}; DeepSpeed compiles ops: install g++")
-
-
-def _share_cores() -> None:
-    """Give each rank its part of the cores: two ranks with all cores each slow each other tenfold (measured).
-
-    Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone;
-    but not torchrun's, which is 1 whatever the machine (accelerate's launcher is torchrun, too).
-    """
-    cores = frozenset(os.sched_getaffinity(0))
-    mine = (socket.gethostname(), cores)
-    threads = max(1, len(cores) // gather(mine).count(mine))
-    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
-        torch.set_num_threads(threads)
-        threadpool_limits(threads)  # OpenBLAS in numpy and scipy
-
-
-def _read_environment() -> None:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    slurm = {
-        "RANK": "SLURM_PROCID",
-        "LOCAL_RANK": "SLURM_LOCALID",
-        "WORLD_SIZE": "SLURM_NTASKS",
-    }
-    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
-        os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
-    for key, value in alone.items():
-        os.environ.setdefault(key, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError(f"{os.environ['WORLD_SIZE']} ranks, but no MASTER_ADDR and MASTER_PORT to meet at; export both")
-    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    try:
-        socket.getaddrinfo(address, port)  # torch (2.13) would ask again for ten minutes
-    except OSError as error:
-        where = f"MASTER_ADDR={address} and MASTER_PORT={port} name no place to meet"
-        raise UserError(f"{where} that {socket.gethostname()} knows: {error.strerror}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _quieten(rank: int) -> None:
-    """Rank 0 shows warnings, the others only errors; the libraries' banners are shown by none."""
-    import transformers
-    from deepspeed.utils import logger
-
-    logger.setLevel("WARNING" if rank == 0 else "ERROR")
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
-    if rank != 0:
-        warnings.simplefilter("ignore")
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
 
 
 def rank() -> int:
@@ -301,9 +219,7 @@ def failing_together() -> Iterator[None]:
     is_user_error, message = theirs[first]
     if not is_user_error:
         raise error or _PeerError(f"rank {first} failed: {message}")
-    agreed = UserError(message)
-    agreed.agreed = True
-    raise agreed from None
+    raise UserError(message, agreed=True) from None
 
 
 def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:

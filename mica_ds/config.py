@@ -1,16 +1,11 @@
-"""Typed settings: one YAML is one run; `key=value` overrides it; an unknown key is refused."""
+"""A run's settings: what each key means, and which of transformers' and DeepSpeed's own are refused."""
 
-import difflib
 import json
 import typing
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -23,14 +18,8 @@ from pydantic import (
 )
 
 from mica_ds.errors import UserError
-from mica_ds.stores import check_uri, holds_secret
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-Kind = typing.TypeVar("Kind", bound=Section)
+from mica_ds.settings import Section, nearest, read_settings
+from mica_ds.stores import check_uri
 
 
 class ModelSettings(Section):
@@ -89,7 +78,7 @@ class Source(Section):
 class DataSettings(Section):
     corpus: list[Source] = Field(min_length=1)
     """What the model shall learn: paths, or `{path: …, weight: …}`."""
-    replay: list[Source] = []
+    replay: list[Source] = Field(default=[])
     """General text, mixed in against forgetting."""
     replay_fraction: float = Field(default=0.25, ge=0, lt=1)
     """Share of the training sequences that comes from `replay`, where there is any."""
@@ -114,7 +103,7 @@ class EvaluateSettings(Section):
     """Held-out text of the documents' own kind (.txt, .md or .jsonl) whose perplexity shows learning."""
     retention: Path | None = None
     """Held-out general text (.txt, .md or .jsonl) whose perplexity shows forgetting."""
-    suites: list[str] = []
+    suites: list[str] = Field(default=[])
     """lm-eval's names of standard suites (hellaswag, truthfulqa_mc1, mmlu, …) that `mica-ds evaluate` runs besides."""
     suites_data: Path | None = None
     """Folder with the suites' data, by the names of their repositories; otherwise they must be in the hub's cache."""
@@ -154,7 +143,7 @@ class Config(Section):
     basis: BasisSettings = BasisSettings()
     data: DataSettings
     evaluate: EvaluateSettings = EvaluateSettings()
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default={})
     """transformers' `TrainingArguments`, passed through."""
     deepspeed: Path = Path("configs/deepspeed/zero3.json")
     """DeepSpeed's own JSON; ZeRO stage 3."""
@@ -201,7 +190,7 @@ UNSUPPORTED_ARGUMENTS = {
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `key=value` overrides (dotted keys, YAML values) and validate the whole.
+    """Read a run's settings as `read_settings` does, and check those that depend on others or are passed on. Local.
 
     Raises: UserError that names the file and the key.
     """
@@ -213,38 +202,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     return config.model_copy(update={"train": arguments})
 
 
-def read_settings(kind: type[Kind], path: Path, overrides: list[str] | None = None) -> Kind:
-    """A YAML file with `key=value` overrides as settings of a kind, by name and type. Raises: UserError as above."""
-    settings = _read_yaml(path)
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise UserError(f"override {override!r} is not of the form key=value, as in adapter.r=32")
-        _set(settings, key, _parse_value(key, text))
-    _refuse_secrets(path, settings)
-    try:
-        return kind.model_validate(settings)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, kind)}") from None
-
-
-def save_config(config: Section, path: Path) -> None:
-    """Write the resolved settings as YAML that reads back to the same."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-
-
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings under which alone a checkpoint means what it says, by their keys."""
     adapter = config.model_dump(mode="json")["adapter"]
     return {"model.dtype": config.model.dtype, **{f"adapter.{key}": value for key, value in adapter.items()}}
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def recomputes_activations(config: Config) -> bool:
@@ -255,82 +216,6 @@ def recomputes_activations(config: Config) -> bool:
 def read_deepspeed(config: Config) -> dict[str, Any]:
     """The DeepSpeed JSON as a fresh dict, which transformers fills in (its `auto` values)."""
     return json.loads(config.deepspeed.read_text())
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {_place(error)}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"config {path} must hold keys and values, as the files in configs/ do")
-    return settings
-
-
-def _place(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """What is wrong where, without the text there, which may hold a secret."""
-    if not isinstance(error, yaml.MarkedYAMLError):
-        return "it is no text"
-    mark = error.problem_mark
-    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(error.problem)
-
-
-def _parse_value(key: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {key}: the value is not valid YAML") from None
-
-
-def _refuse_secrets(path: Path, settings: Any, key: str = "") -> None:
-    """Refuse addresses with a password in any setting, before a message or the run folder repeats one."""
-    if isinstance(settings, dict | list):
-        for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
-            _refuse_secrets(path, value, f"{key}.{name}" if key else str(name))
-    elif isinstance(settings, str) and "//" in settings and key != "tracking.uri":  # which has a message of its own
-        try:
-            is_telling = holds_secret(settings) or urlsplit(settings).username  # which may be a token
-        except ValueError:
-            is_telling = True
-        if is_telling:
-            raise UserError(
-                f"{path}: {key} is an address with a secret in it, which the run folder would keep: take it out"
-            )
-
-
-def _set(settings: dict[str, Any], dotted_key: str, value: Any) -> None:
-    *sections, key = dotted_key.split(".")
-    for section in sections:
-        settings = settings.setdefault(section, {})
-        if not isinstance(settings, dict):
-            raise UserError(f"override {dotted_key}: {section} is a value, not a section")
-    settings[key] = value
-
-
-def _explain(error: ValidationError, kind: type[Section]) -> str:
-    """The first problem as one sentence; for an unknown key with the nearest known one."""
-    problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"][:2]]  # section and key; deeper parts are pydantic's own
-    key = ".".join(where)
-    if problem["type"] == "extra_forbidden" and len(problem["loc"]) > 2:
-        return f"{key}: unknown key {problem['loc'][-1]}{_nearest(str(problem['loc'][-1]), Source.model_fields, [])}"
-    if problem["type"] == "extra_forbidden":
-        section: Any = kind
-        for part in where[:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {key}{_nearest(where[-1], section.model_fields, where[:-1])}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
-
-
-def _nearest(key: str, known: typing.Iterable[str], section: list[str]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {'.'.join([*section, close[0]])}?"
-    return f"; known here: {', '.join(known)}"
 
 
 def _check_evaluation(path: Path, config: Config) -> None:
@@ -359,7 +244,7 @@ def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str
         if key in UNSUPPORTED_ARGUMENTS:
             raise UserError(f"{path}: train.{key} is not supported: {UNSUPPORTED_ARGUMENTS[key]}")
         if key not in known:
-            raise UserError(f"{path}: unknown key train.{key}{_nearest(key, known, ['train'])}")
+            raise UserError(f"{path}: unknown key train.{key}{nearest(key, known, ['train'])}")
         try:
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:

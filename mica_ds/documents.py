@@ -1,16 +1,15 @@
 """Documents out of files: what a source holds, and its texts, a part at a time."""
 
 import json
-import logging
 import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mica_ds.chat import ChatError, chat_text
 from mica_ds.errors import UserError
+from mica_ds.extract import UnusableError, extract
 
 ENDINGS = (".txt", ".md", ".html", ".htm", ".pdf", ".jsonl", ".parquet")
 PDF = 10
@@ -19,10 +18,6 @@ _DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets 
 _SPLITS = "dataset_dict.json"
 _BYTES = 8 << 20  # of a jsonl file that are read at once
 _ROWS = 1000  # of a saved dataset, and at a time of a parquet file
-_BLOCKS = (
-    "address article blockquote br dd div dl dt figcaption footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p "
-    "pre section table td th title tr ul"
-)
 
 
 @dataclass(frozen=True)
@@ -53,10 +48,6 @@ class Broken:
     place: int
     reason: str
     """As said after its name: `is not JSON`."""
-
-
-class _UnusableError(Exception):
-    """The reason."""
 
 
 def find_files(source: Path, key: str) -> list[Path]:
@@ -127,10 +118,10 @@ def read(part: Part) -> Iterator[Document | Broken]:
         elif part.file.suffix.lower() == ".parquet":
             yield from map(_row, _parquet_rows(part))
         else:
-            yield Document(-1, _clean(_WHOLE.get(part.file.suffix.lower(), _read_text)(part.file)))
+            yield Document(-1, _clean(extract(part.file)))
     except UnicodeDecodeError:
         yield Broken(-1, "is not UTF-8 text")
-    except _UnusableError as error:
+    except UnusableError as error:
         yield Broken(-1, str(error))
     except OSError as error:
         yield Broken(-1, f"cannot be read: {error.strerror or error}")
@@ -234,7 +225,7 @@ def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
 def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
     file = _open_parquet(part.file)
     if not {"text", "messages"} & set(file.schema_arrow.names):
-        raise _UnusableError('has no column "text" or "messages"')
+        raise UnusableError('has no column "text" or "messages"')
     columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
     place = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
     for batch in file.iter_batches(_ROWS, row_groups=range(part.start, part.stop), columns=columns):
@@ -246,7 +237,7 @@ def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
 def _dataset_rows(part: Part) -> Iterator[tuple[int, Any]]:
     dataset = _open_dataset(part.file)
     if not {"text", "messages"} & set(dataset.column_names):
-        raise _UnusableError('has no column "text" or "messages"')
+        raise UnusableError('has no column "text" or "messages"')
     dataset = dataset.select_columns([name for name in ("text", "messages") if name in dataset.column_names])
     yield from enumerate(dataset.select(range(part.start, part.stop)), start=part.start)
 
@@ -261,40 +252,3 @@ def _open_dataset(folder: Path) -> Any:
     from datasets import load_from_disk  # a second, which a corpus of files need not wait for
 
     return load_from_disk(str(folder))
-
-
-def _read_text(file: Path) -> str:
-    return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
-
-
-def _read_html(file: Path) -> str:
-    """What a browser shows: a line a block, without scripts and styles."""
-    from bs4 import BeautifulSoup
-
-    page = BeautifulSoup(file.read_bytes(), "html.parser")
-    for hidden in page(["script", "style", "template", "noscript"]):
-        hidden.decompose()
-    for string in page.find_all(string=True):
-        if string.find_parent("pre") is None:
-            string.replace_with(type(string)(re.sub(r"\s+", " ", string)))
-    for block in page(_BLOCKS.split()):
-        block.insert_before("\n")
-        block.insert_after("\n")
-    text = re.sub(r"(?m)^ (?! )|[ \t]+$", "", page.get_text())  # indents of <pre> stay
-    return re.sub(r"\n{2,}", "\n", text).strip("\n")
-
-
-def _read_pdf(file: Path) -> str:
-    from pypdf import PdfReader
-
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it warns of each oddity of a file
-    reader = PdfReader(file)
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise _UnusableError("is encrypted with a password")
-    text = "\n".join(page.extract_text() for page in reader.pages)
-    if not text.strip():
-        raise _UnusableError("holds no text: if its pages are scans, have their text recognised (OCR) first")
-    return text
-
-
-_WHOLE: dict[str, Callable[[Path], str]] = {".html": _read_html, ".htm": _read_html, ".pdf": _read_pdf}

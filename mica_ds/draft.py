@@ -37,7 +37,7 @@ _SMALL = re.compile(r"an?|the|and|or|of|in|on|at|to|for|by|from|with|is|are|was|
 
 
 @dataclass(frozen=True)
-class Document:
+class SourceText:
     """One text of a source, and the file it comes from."""
 
     file: Path
@@ -55,16 +55,18 @@ class _Term:
     stop: int
 
 
-def read_sources(sources: list[Path], may_skip: bool) -> list[Document]:
+def read_sources(sources: list[Path], may_skip: bool) -> list[SourceText]:
     """The documents of the config's `data.corpus`, with their files, without empty ones. Local.
 
     `may_skip` leaves out what is broken, and names it. Raises: UserError where a source is missing, something in it is
     broken, or there is no text.
     """
-    documents: list[Document] = []
+    documents: list[SourceText] = []
     for file in (file for source in sources for file in find_files(source, "data.corpus")):
         found = [each for part in split(file) for each in read(part)]
-        documents += [Document(file, each.text) for each in found if not isinstance(each, Broken) and each.text.strip()]
+        documents += [
+            SourceText(file, each.text) for each in found if not isinstance(each, Broken) and each.text.strip()
+        ]
         broken = sorted((each.place, each.reason) for each in found if isinstance(each, Broken))
         if broken and not may_skip:
             raise refusal("data.corpus", file, *broken[0])
@@ -76,7 +78,7 @@ def read_sources(sources: list[Path], may_skip: bool) -> list[Document]:
     return documents
 
 
-def draft_questions(documents: list[Document], number: int, seed: int) -> list[dict[str, Any]]:
+def draft_questions(documents: list[SourceText], number: int, seed: int) -> list[dict[str, Any]]:
     """At most so many questions, from all documents alike; the same for the same seed. Local.
 
     Rows as `evaluate.questions` takes them, with `source` and `sentence` for the person that corrects them.
@@ -135,7 +137,7 @@ def most_open(drafts: list[dict[str, Any]], losses: list[list[float]], number: i
     return [drafts[i] for i in sorted(ranked)]
 
 
-def without_sentences(documents: list[Document], drafts: list[dict[str, Any]]) -> list[str]:
+def without_sentences(documents: list[SourceText], drafts: list[dict[str, Any]]) -> list[str]:
     """The documents' texts without the sentences that are asked for. Local."""
     asked = sorted({draft["sentence"] for draft in drafts}, key=len, reverse=True)
     patterns = [re.compile(r"\s+".join(map(re.escape, sentence.split())) + r"[ \t]*") for sentence in asked]
@@ -164,7 +166,7 @@ def write_jsonl(rows: list[dict[str, Any]], file: Path) -> None:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def _sentences(document: Document) -> Iterator[str]:
+def _sentences(document: SourceText) -> Iterator[str]:
     """Whole sentences of prose, 5 to 50 words each; a line's end within a paragraph ends none."""
     for block in re.split(r"\n\s*\n", document.text):
         lines: list[str] = []

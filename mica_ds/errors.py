@@ -4,10 +4,12 @@
 class UserError(Exception):
     """Wrong input: one sentence that says what is wrong, where, and what to do.
 
-    `agreed` is set where all ranks raise the same error together, so that rank 0 alone prints it.
+    `agreed` says that all ranks raise the same error together, so that rank 0 alone prints it.
     """
 
-    agreed = False
+    def __init__(self, message: str, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed
 
 
 class Preempted(KeyboardInterrupt):
@@ -16,4 +18,6 @@ class Preempted(KeyboardInterrupt):
     Not an Exception: nothing that handles failures may take it for one. `agreed` as in `UserError`.
     """
 
-    agreed = False
+    def __init__(self, message: str, agreed: bool = False) -> None:
+        super().__init__(message)
+        self.agreed = agreed

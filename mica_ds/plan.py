@@ -14,57 +14,20 @@ from torch import nn
 from mica_ds import exchange, factor
 from mica_ds.adapter import adapter_skeleton, target_modules
 from mica_ds.arguments import accumulation_steps
-from mica_ds.config import AdapterSettings, Config, ModelSettings, read_deepspeed
+from mica_ds.config import AdapterSettings, Config, ModelSettings
 from mica_ds.footprint import Batch, Footprint, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, Moment, Passage, pass_through
-from mica_ds.model import DTYPES, load_skeleton
+from mica_ds.model import load_skeleton
 from mica_ds.shards import Matrix, matrix_of
+from mica_ds.zero import Cluster, Zero
 
 GIB, MIB = 1 << 30, 1 << 20
-USABLE = 0.95
-"""Share of a GPU's memory that can be used: torch's allocator keeps blocks that fit nothing (assumed, not measured)."""
 PROCESS = 640 * MIB
 """Python with its libraries and the tokenizer, before a model is loaded (measured)."""
 _ENGINE = 104 * MIB  # DeepSpeed's engine, and modules loaded late, on the host (measured with 700 parameters)
 _SCRATCH = 32 * MIB  # what MKL packs matrices into, and threads take, on ranks without a GPU (measured)
 _CONTEXT = 2 * GIB  # CUDA, cuBLAS and NCCL on a GPU (assumed, not measured)
 _FP64_BUFFER = 32 * MIB  # the part of a matrix that the solver casts to fp64 at a time
-_DEFAULTS = {  # DeepSpeed's own
-    "reduce_bucket_size": 5e8,
-    "stage3_prefetch_bucket_size": 5e7,
-    "stage3_max_live_parameters": 1e9,
-    "stage3_max_reuse_distance": 1e9,
-    "stage3_param_persistence_threshold": 1e5,
-}
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What there is: memory in bytes."""
-
-    nodes: int
-    ranks_per_node: int
-    gpu_memory: int
-    """Of each GPU; 0 where the ranks work on CPUs."""
-    host_memory: int
-    """Of each node."""
-    nvme: int = 0
-    """Of each node."""
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def device(self) -> str:
-        """Where the ranks compute."""
-        return "gpu" if self.gpu_memory else "host"
-
-    def room(self, place: str) -> float:
-        """Bytes that one rank may take there."""
-        if place == "gpu":
-            return USABLE * self.gpu_memory
-        return (self.host_memory if place == "host" else self.nvme) / self.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -121,7 +84,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     accumulation = accumulation_steps(config, cluster.ranks)
     model, modules, weights = skeleton(config)
     footprint = _footprint(config.model.model_dump_json(), config.adapter.model_dump_json(), micro_batch(config))
-    zero = _Zero(config, cluster, model.config.get_text_config().hidden_size)
+    zero = Zero(config, cluster, model.config.get_text_config().hidden_size)
     passage = _passage(config, model, footprint, zero)
     base = _partitions(zero, weights)
     stages = {"loading": base + _loading(zero, weights)}
@@ -167,46 +130,12 @@ def _footprint(model: str, adapter: str, batch: Batch) -> Footprint:
     )
 
 
-class _Zero:
-    """What DeepSpeed's settings come to on a cluster."""
-
-    def __init__(self, config: Config, cluster: Cluster, hidden: int) -> None:
-        settings = read_deepspeed(config)["zero_optimization"]
-        by_width = {  # what transformers (5.23) makes of `auto`
-            "reduce_bucket_size": hidden**2,
-            "stage3_prefetch_bucket_size": 0.9 * hidden**2,
-            "stage3_param_persistence_threshold": 10 * hidden,
-        }
-        values = {key: settings.get(key, default) for key, default in _DEFAULTS.items()}
-        self.values = {key: int(by_width[key] if value == "auto" else value) for key, value in values.items()}
-        self.cluster, self.ranks, self.device = cluster, cluster.ranks, cluster.device
-        self.itemsize = DTYPES[config.model.dtype].itemsize
-        self.parameters = self._place(settings, "offload_param")
-        self.optimizer = self._place(settings, "offload_optimizer")
-        self.swap = settings.get("offload_param", {})
-        self.group = settings.get("zero_hpz_partition_size", 1)
-
-    def _place(self, settings: dict[str, Any], section: str) -> str:
-        device = settings.get(section, {}).get("device", "none")
-        return {"none": self.device, "cpu": "host"}.get(device, device)
-
-    def is_persistent(self, size: int) -> bool:
-        """Whether DeepSpeed keeps a parameter whole on each rank."""
-        return size <= self.values["stage3_param_persistence_threshold"]
-
-    def partition(self, sizes: list[int], ranks: int, place: str) -> int:
-        """Bytes of one rank's slices; in pinned memory each takes a power of two (torch 2.13)."""
-        slices = [self.itemsize * math.ceil(size / ranks) for size in sizes]
-        is_pinned = place == "host" and self.device == "gpu"
-        return sum(1 << (size - 1).bit_length() if is_pinned else size for size in slices)
-
-
-def _constant(zero: _Zero) -> list[Part]:
+def _constant(zero: Zero) -> list[Part]:
     device = [Part("context", "gpu", _CONTEXT)] if zero.device == "gpu" else []
     return [Part("process", "host", PROCESS), *device]
 
 
-def _partitions(zero: _Zero, weights: Weights) -> list[Part]:
+def _partitions(zero: Zero, weights: Weights) -> list[Part]:
     base = weights.stored or weights.trained
     name = "frozen partitions" if weights.stored else "partitions"
     parts = [Part(name, zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
@@ -219,7 +148,7 @@ def _partitions(zero: _Zero, weights: Weights) -> list[Part]:
     return [*parts, Part("persistent parameters", zero.device, whole * zero.itemsize)]
 
 
-def _loading(zero: _Zero, weights: Weights) -> list[Part]:
+def _loading(zero: Zero, weights: Weights) -> list[Part]:
     """A tied head's own memory, and the largest parameter: made whole and sent by rank 0, later read by its slice.
 
     What is made on a host and sent by nobody takes no room there: nothing has been written to it.
@@ -236,7 +165,7 @@ def _loading(zero: _Zero, weights: Weights) -> list[Part]:
     return parts
 
 
-def _bases(config: Config, zero: _Zero, matrices: list[Matrix]) -> list[Part]:
+def _bases(config: Config, zero: Zero, matrices: list[Matrix]) -> list[Part]:
     """The largest solve, and the slices that wait to be sent, where they do not lie on the host already."""
     machine = exchange.Machine(zero.ranks, zero.itemsize, int(zero.cluster.room("host")))
     r, asked = config.adapter.r, config.basis.exchange
@@ -258,12 +187,12 @@ def solve_bytes(matrix: Matrix, r: int, itemsize: int, is_whole: bool) -> int:
     return (itemsize * k * long if is_whole else 0) + factored + blocks + _FP64_BUFFER
 
 
-def _adapter(zero: _Zero, weights: Weights) -> list[Part]:
+def _adapter(zero: Zero, weights: Weights) -> list[Part]:
     factors = [*weights.frozen, *(weights.trained if weights.stored else [])]
     return [Part("adapters", zero.parameters, zero.partition(factors, zero.ranks, zero.parameters))]
 
 
-def _passage(config: Config, model: Any, footprint: Footprint, zero: _Zero) -> Passage:
+def _passage(config: Config, model: Any, footprint: Footprint, zero: Zero) -> Passage:
     offloads = zero.parameters != zero.device
     rules = Gathering(
         max_live=zero.values["stage3_max_live_parameters"],
@@ -277,7 +206,7 @@ def _passage(config: Config, model: Any, footprint: Footprint, zero: _Zero) -> P
     return pass_through(model, footprint, rules, zero.itemsize, micro_batch(config).is_recomputed, whole)
 
 
-def _training(config: Config, zero: _Zero, weights: Weights, moment: Moment) -> list[Part]:
+def _training(config: Config, zero: Zero, weights: Weights, moment: Moment) -> list[Part]:
     trained = sum(weights.trained)
     own = sum(math.ceil(size / zero.ranks) for size in weights.trained)
     bucket = zero.values["reduce_bucket_size"]
@@ -300,7 +229,7 @@ def _training(config: Config, zero: _Zero, weights: Weights, moment: Moment) -> 
     ]
 
 
-def _evaluating(config: Config, zero: _Zero, passage: Passage, vocabulary: int) -> list[Part]:
+def _evaluating(config: Config, zero: Zero, passage: Passage, vocabulary: int) -> list[Part]:
     """Logits of the model's dtype, in fp32, and their log-softmax."""
     logit = zero.itemsize + (4 if zero.itemsize != 4 else 0) + 4
     # A piece of the held-out text is scored whole, however few tokens are asked for.
@@ -313,7 +242,7 @@ def _evaluating(config: Config, zero: _Zero, passage: Passage, vocabulary: int) 
     ]
 
 
-def _scratch(zero: _Zero) -> list[Part]:
+def _scratch(zero: Zero) -> list[Part]:
     return [Part("scratch", "host", _SCRATCH)] if zero.device == "host" else []
 
 

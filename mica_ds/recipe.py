@@ -6,24 +6,17 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from mica_ds import comm, figures, tracking
-from mica_ds.about import environment
-from mica_ds.adapter import (
-    lora_parameters,
-    stored_targets,
-    target_modules,
-)
+from mica_ds.adapter import lora_parameters, stored_targets, target_modules
 from mica_ds.arguments import accumulation_steps, total_steps, training_arguments
 from mica_ds.basis import Basis, build_basis, warnings
 from mica_ds.capacity import check_capacity
 from mica_ds.checkpoint import load_trained, read_history, tensor_files
-from mica_ds.config import Config, EvaluateSettings, fixed_settings, save_config
+from mica_ds.config import Config, EvaluateSettings, fixed_settings
 from mica_ds.data import build_dataset
 from mica_ds.doctor import examine, print_results
 from mica_ds.draft import check_absent, draft_questions, most_open, read_sources, without_sentences, write_jsonl
@@ -34,15 +27,15 @@ from mica_ds.memory import trim
 from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
-from mica_ds.overlap import counts, write_report
 from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism
-from mica_ds.record import record, trained
-from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
+from mica_ds.record import discard_after, open_run_folder, record_beginning, record_end, save_probe, trained
+from mica_ds.report import print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
     attach,
     checked_weights,
+    chosen_checkpoint,
     exported_checkpoint,
     fingerprints,
     frozen_tensors,
@@ -51,9 +44,9 @@ from mica_ds.resume import (
     scores_before,
     start_point,
 )
-from mica_ds.scores import MEASURES, Scores, compare, is_scored, remove_rows, write_rows
-from mica_ds.shards import CheckpointSource, PartitionSource, Source
-from mica_ds.shelf import check_origin, find_checkpoint, remove_checkpoints, step_of, writing
+from mica_ds.scores import MEASURES, Scores, compare, is_scored, write_rows
+from mica_ds.shards import CheckpointSource, PartitionSource, WeightSource
+from mica_ds.shelf import check_origin, step_of, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import build_trainer, inference_engine
@@ -62,7 +55,7 @@ from mica_ds.weights import open_checkpoint
 
 def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
-    folder = _open_run_folder(config)
+    folder = open_run_folder(config)
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
@@ -86,15 +79,7 @@ def train(config: Config) -> None:
     modules = _targets(config, model)
     settings = config.model_dump(mode="json")
     with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
-        with comm.failing_together():  # nothing is written before all that a user may have got wrong has been checked
-            if comm.is_main():
-                with writing(folder):
-                    save_config(config, folder / "config.yaml")
-                    (folder / "environment.txt").write_text(environment())
-                    tracker.artifact(write_report(about_data, folder))
-                for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
-                    tracker.artifact(file)
-                tracker.metrics(counts(about_data))
+        record_beginning(config, about_data, tracker)  # once all that a user may have got wrong has been checked
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
@@ -104,12 +89,7 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        with comm.failing_together():
-            if comm.is_main():
-                with writing(folder):
-                    remove_checkpoints(folder / "checkpoints", after=step)
-                    remove_rows(folder, after=step)
-                    (folder / SUMMARY).unlink(missing_ok=True)
+        discard_after(step, folder)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
@@ -118,11 +98,9 @@ def train(config: Config) -> None:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine, scores = trainer.saved, trainer.model_wrapped, trainer.run.scores
             if trainer.run.is_preempted:
-                stopped = Preempted(
-                    f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on"
+                raise Preempted(
+                    f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on", agreed=True
                 )
-                stopped.agreed = True
-                raise stopped
         else:
             engine = inference_engine(model, args)
         assert checkpoint  # the last step has written one
@@ -134,7 +112,7 @@ def train(config: Config) -> None:
             load_trained(engine, best)
             after = evaluator.score(engine)
         before = scores_before(checkpoint, evaluator)
-        _save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder / "probe.safetensors")
+        save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder)
         summary = {
             "exported_step": step_of(best),
             "questions": evaluator.questions,
@@ -154,7 +132,7 @@ def train(config: Config) -> None:
                     comm.say(f"export: {exported}")
                     for name, found in (("before", before), ("after", after)):
                         write_rows(found.rows if found else [], folder, name)
-                    record(config, summary, history, basis, exported, tracker)
+                    record_end(config, summary, history, basis, exported, tracker)
                 print_summary(summary, config)
 
 
@@ -163,7 +141,7 @@ def basis(config: Config) -> None:
     with comm.failing_together():
         if config.adapter.method != "mica":
             raise UserError(f"adapter.method={config.adapter.method} has no bases; only mica has")
-    _open_run_folder(config)
+    open_run_folder(config)
     with comm.failing_together():
         checkpoint = open_checkpoint(config.model.path)
         targets = stored_targets(load_skeleton(config.model), config.adapter, checkpoint)
@@ -174,7 +152,7 @@ def basis(config: Config) -> None:
 
 def evaluate(config: Config) -> None:
     """Score the run folder's checkpoint and the base model under it, or alone where there is none. Collective."""
-    folder = _open_run_folder(config)
+    folder = open_run_folder(config)
     with comm.failing_together():
         settings = config.evaluate
         if not (settings.questions or settings.domain or settings.retention or settings.suites):
@@ -184,7 +162,7 @@ def evaluate(config: Config) -> None:
         args = training_arguments(config)
         tokenizer = load_tokenizer(config.model)
     evaluator, suites = Evaluator(settings, tokenizer, config.data.sequence_length), load_suites(settings)
-    checkpoint = _checkpoint(config)
+    checkpoint = chosen_checkpoint(config)
     if checkpoint:
         with comm.failing_together():
             check_origin(checkpoint, fixed_settings(config))
@@ -254,7 +232,7 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
 
 def export(config: Config, is_merged: bool) -> None:
     """Export the newest checkpoint, or the best, merged into its base, or by rank 0 as an adapter. Collective."""
-    checkpoint = _checkpoint(config)
+    checkpoint = chosen_checkpoint(config)
     with comm.failing_together():
         if checkpoint is None:
             raise UserError(f"{config.output_dir} holds no checkpoint to export; run `mica-ds train` first")
@@ -273,31 +251,7 @@ def doctor(config: Config, as_json: bool) -> None:
     if comm.is_main():
         print_results(results, as_json)
     if failed := [result.name for result in results if not result.is_good]:
-        error = UserError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
-        error.agreed = True
-        raise error
-
-
-def _open_run_folder(config: Config) -> Path:
-    """Make the run folder, and check on every rank that it can be written. Collective."""
-    folder = config.output_dir
-    with comm.failing_together():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{comm.rank()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
-    return folder
-
-
-def _checkpoint(config: Config) -> Path | None:
-    """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective."""
-    newest = find_checkpoint(config.output_dir / "checkpoints")
-    if newest is None or config.checkpoint.export == "last":
-        return newest
-    return exported_checkpoint(config, newest, read_history(newest))
+        raise UserError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}", agreed=True)
 
 
 def _targets(config: Config, model: nn.Module) -> dict[str, nn.Module]:
@@ -320,7 +274,7 @@ def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
     return model, peak_rss() - before
 
 
-def _bases(config: Config, source: Source) -> Basis:
+def _bases(config: Config, source: WeightSource) -> Basis:
     seed = config.train.get("seed", TrainingArguments.seed)
     found = build_basis(source, config.adapter, config.basis, seed, config.output_dir / "basis")
     how = f"{found.solved} solved" if found.solved else "all from the cache"
@@ -328,16 +282,6 @@ def _bases(config: Config, source: Source) -> Basis:
     for warning in warnings(found.manifest):
         comm.say(f"warning: {warning}")
     return found
-
-
-@torch.no_grad()
-def _save_probe(model: nn.Module, ids: list[int], file: Path) -> None:
-    """Save a few token ids and the trained model's logits on them, against which a reload is checked. Collective."""
-    model.eval()
-    input_ids = torch.tensor([ids], device=next(model.parameters()).device)
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    if comm.is_main():
-        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, file)
 
 
 def _last_scores(

@@ -1,17 +1,73 @@
-"""What a run leaves at its end: plots, report and summary, in its folder and in MLflow."""
+"""What a run leaves in its folder and in MLflow: settings when it begins; plots, report and summary at its end."""
 
 from pathlib import Path
 from typing import Any
 
-from mica_ds import figures
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from mica_ds import comm, figures
+from mica_ds.about import environment
 from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
 from mica_ds.config import Config
+from mica_ds.errors import UserError
+from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
-from mica_ds.report import write_summary
-from mica_ds.scores import course
-from mica_ds.shelf import read_state
+from mica_ds.report import SUMMARY, write_summary
+from mica_ds.scores import course, remove_rows
+from mica_ds.settings import save_settings
+from mica_ds.shelf import read_state, remove_checkpoints, writing
 from mica_ds.tracking import Tracker
+
+
+def open_run_folder(config: Config) -> Path:
+    """Make the run folder, and check on every rank that it can be written. Collective. Raises: UserError."""
+    folder = config.output_dir
+    with comm.failing_together():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".probe-{comm.rank()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+    return folder
+
+
+def record_beginning(config: Config, about_data: dict[str, Any], tracker: Tracker) -> None:
+    """Write the settings, the environment and what was read, and log them. Collective. Raises: UserError."""
+    folder = config.output_dir
+    with comm.failing_together():
+        if comm.is_main():
+            with writing(folder):
+                save_settings(config, folder / "config.yaml")
+                (folder / "environment.txt").write_text(environment())
+                tracker.artifact(write_report(about_data, folder))
+            for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
+                tracker.artifact(file)
+            tracker.metrics(counts(about_data))
+
+
+def discard_after(step: int, folder: Path) -> None:
+    """Remove what an earlier start has left of later steps, and its summary. Collective. Raises: UserError."""
+    with comm.failing_together():
+        if comm.is_main():
+            with writing(folder):
+                remove_checkpoints(folder / "checkpoints", after=step)
+                remove_rows(folder, after=step)
+                (folder / SUMMARY).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def save_probe(model: nn.Module, ids: list[int], folder: Path) -> None:
+    """Save a few token ids and the trained model's logits on them, against which a reload is checked. Collective."""
+    model.eval()
+    input_ids = torch.tensor([ids], device=next(model.parameters()).device)
+    logits = model(input_ids=input_ids, use_cache=False).logits
+    if comm.is_main():
+        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, folder / "probe.safetensors")
 
 
 def trained(checkpoint: Path) -> dict[str, Any]:
@@ -25,7 +81,7 @@ def trained(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def record(
+def record_end(
     config: Config,
     summary: dict[str, Any],
     history: list[dict[str, float]],

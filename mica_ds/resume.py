@@ -82,6 +82,14 @@ def exported_checkpoint(config: Config, last: Path, history: list[dict[str, floa
     return find_best(last.parent, ranked_steps(history, config.evaluate)) or last
 
 
+def chosen_checkpoint(config: Config) -> Path | None:
+    """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective."""
+    newest = find_checkpoint(config.output_dir / "checkpoints")
+    if newest is None or config.checkpoint.export == "last":
+        return newest
+    return exported_checkpoint(config, newest, read_history(newest))
+
+
 def scores_before(checkpoint: Path, evaluator: Evaluator) -> Scores | None:
     """The base model's, as a run's checkpoint holds them; None where they are of other questions or text. Local."""
     state = read_state(checkpoint)

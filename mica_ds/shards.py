@@ -49,7 +49,7 @@ class Shard:
     """Returns the slice: 1-D, in the compute dtype, on the CPU; it may be the partition's own memory."""
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where the weights come from."""
 
     matrices: list[Matrix]

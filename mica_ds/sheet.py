@@ -10,7 +10,8 @@ from mica_ds.capacity import nearest_fit, told, verdict
 from mica_ds.config import Config
 from mica_ds.costs import Costs, count_costs
 from mica_ds.memory import readable
-from mica_ds.plan import Cluster, Plan, make_plan
+from mica_ds.plan import Plan, make_plan
+from mica_ds.zero import Cluster
 
 
 def print_plan(config: Config, cluster: Cluster, as_json: bool) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 from mica_ds import comm
 from mica_ds.account import TABLE, warnings, write_account
 from mica_ds.arms import Run, StudySettings, check_folder, run_config, sweep, trials
-from mica_ds.config import save_config
 from mica_ds.crew import LOG, carry_out, last_words
 from mica_ds.errors import Preempted, UserError
 from mica_ds.findings import Result, choices, read_results, read_run, standings, write_results
+from mica_ds.settings import save_settings
 from mica_ds.tracking import Tracker
 
 RESULTS = "results.jsonl"
@@ -36,7 +36,7 @@ def conduct(study: StudySettings) -> None:
     folder, tracking = study.output_dir, run_config(study, sweep(study)[0]).tracking
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(study, folder / "study.yaml")
+        save_settings(study, folder / "study.yaml")
     except OSError as error:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     with Tracker(folder, tracking, study.model_dump(mode="json")) as tracker:

@@ -10,29 +10,22 @@ import json
 import operator
 import os
 import shutil
-import signal
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
 from mica_ds.contents import hash_files
-from mica_ds.documents import PDF, Part, find_files, refusal, split, stored_files, where, where_all
-from mica_ds.encoding import SIGNATURE, Encoded, encode
+from mica_ds.documents import find_files, refusal, stored_files, where, where_all
+from mica_ds.encoding import SIGNATURE
 from mica_ds.errors import UserError
 from mica_ds.files import abandoned, locked, partial
+from mica_ds.workers import encode_files
 
 _VERSION = 1
 """Of what an entry holds: another one makes all entries anew."""
@@ -45,21 +38,7 @@ _COLUMNS = {  # the files of an entry
     "signatures": np.dtype((np.uint32, SIGNATURE)),
     "origins": np.dtype((np.int64, 3)),
 }
-_BATCH = 4 << 20  # bytes that a process reads and tokenises at once
-_LARGE = 32 << 20  # bytes from which processes are worth the seconds that their start takes
 _VISIBLE = 90  # seconds after which a network file system shows to all nodes what one has written
-_tokenizer: PreTrainedTokenizerBase  # of a process that tokenises
-
-
-@dataclass
-class _Batch:
-    """Parts that are read together."""
-
-    numbers: list[int] = field(default_factory=list)
-    """Of the file of each part."""
-    parts: list[Part] = field(default_factory=list)
-    size: int = 0
-    """Bytes."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +137,6 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
         raise UserError(f"data.cache: {folder.parent} cannot be written: {error.strerror or error}") from None
-    except BrokenProcessPool:
-        raise UserError(f"{key}: a process that reads documents was killed, perhaps for lack of memory") from None
 
 
 def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase, may_skip: bool) -> None:
@@ -168,7 +145,7 @@ def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedToken
     outputs = {name: (folder / name).open("wb") for name in _COLUMNS}
     try:
         outputs["starts"].write(np.zeros(1, np.int64).tobytes())
-        for numbers, found in _encoded(files, key, tokenizer):
+        for numbers, found in encode_files(files, key, tokenizer):
             for part, broken in found.broken:
                 if not may_skip:
                     raise refusal(key, files[numbers[part]], broken.place, broken.reason)
@@ -191,71 +168,6 @@ def _write(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedToken
     manifest["digest"] = hashlib.sha256(b"".join(digest.digest() for digest in hashes)).hexdigest()
     manifest["bytes"] = {name: (folder / name).stat().st_size for name in _COLUMNS}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-
-
-def _encoded(files: list[Path], key: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], Encoded]]:
-    """The documents of all files in their order, in batches, each with the numbers of its parts' files."""
-    sizes = [sum(inner.stat().st_size for inner in stored_files(file) if inner.exists()) for file in files]
-    work = sum(size * (PDF if file.suffix.lower() == ".pdf" else 1) for file, size in zip(files, sizes, strict=True))
-    comm.say(f"data: tokenising {len(files)} files of {key}, {sum(sizes):,} bytes; the other ranks wait")
-    batches = _batches(files, sizes)
-    if work < _LARGE:
-        yield from ((batch.numbers, encode(batch.parts, tokenizer)) for batch in batches)
-        return
-    workers = len(os.sched_getaffinity(0))
-    # Spawned: a fork would copy the locks of the threads that gloo, CUDA and tokenizers run here.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer,))
-    try:
-        with tqdm(total=sum(sizes), desc="tokenising", unit="B", unit_scale=True) as bar:
-            waiting: deque[tuple[_Batch, Future[Encoded]]] = deque()
-            for batch in itertools.chain(batches, itertools.repeat(None)):
-                if batch:
-                    waiting.append((batch, pool.submit(_encode, batch.parts)))
-                elif not waiting:
-                    break
-                if batch is None or len(waiting) > 2 * workers:  # these keep them busy, and more would fill the memory
-                    done, future = waiting.popleft()
-                    yield done.numbers, future.result()
-                    bar.update(done.size)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _batches(files: list[Path], sizes: list[int]) -> Iterator[_Batch]:
-    batch = _Batch()
-    for number, (file, size) in enumerate(zip(files, sizes, strict=True)):
-        cut = split(file)
-        for part in cut:
-            batch.numbers.append(number)
-            batch.parts.append(part)
-            batch.size += size // len(cut)
-            if batch.size >= _BATCH:
-                yield batch
-                batch = _Batch()
-    if batch.parts:
-        yield batch
-
-
-def _start_process(tokenizer: PreTrainedTokenizerBase) -> None:
-    """What a process keeps; it ends with the rank that has started it, however that ends."""
-    global _tokenizer
-    _tokenizer = tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process a core
-    # SLURM and a terminal send these to all processes, but mean the rank. The pool itself uses SIGTERM.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
-
-
-def _encode(parts: list[Part]) -> Encoded:
-    return encode(parts, _tokenizer)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -9,11 +9,12 @@ from typing import Any
 
 from mica_ds import comm
 from mica_ds.about import about
-from mica_ds.config import TrackingSettings, flatten
+from mica_ds.config import TrackingSettings
 from mica_ds.delivery import unsent
 from mica_ds.errors import UserError
 from mica_ds.journal import JOURNAL, Journal
 from mica_ds.sender import GRACE
+from mica_ds.settings import flatten
 from mica_ds.signals import EXIT_CODE
 from mica_ds.stores import SQLITE, check_folder, resolve_uri
 

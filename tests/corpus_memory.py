@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mica_ds import comm, documents, encoding, tokens
+from mica_ds import comm, documents, encoding, workers
 from mica_ds.config import DataSettings, Source
 
 
@@ -55,7 +55,7 @@ def read_all(source: Path, tokenizer: Any) -> int:
 
 def main(model: Path, batch: int, sources: list[Path]) -> None:
     comm.start()
-    documents._BYTES = tokens._BATCH = encoding._TEXT = batch
+    documents._BYTES = workers._BATCH = encoding._TEXT = batch
     tokenizer = AutoTokenizer.from_pretrained(model)
     read_all(sources[0], tokenizer)  # what libraries keep from their first use is not the corpus
     found = [peak_of(lambda source=source: read_all(source, tokenizer)) for source in sources[1:]]  # type: ignore[misc]

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from mica_ds.config import Source, load_config, save_config
+from mica_ds.config import Source, load_config
 from mica_ds.errors import UserError
+from mica_ds.settings import save_settings
 
 from .conftest import ROOT
 
@@ -59,7 +60,7 @@ def test_overrides_replace_the_files_values(tiny_config: Callable[..., Path]) ->
 def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     config = load_config(tiny_config(), ["adapter.r=2", "data.corpus=[/data/a, {path: b, weight: 2}]"])
     assert config.data.corpus == [Source(path=Path("/data/a")), Source(path=Path("b"), weight=2)]
-    save_config(config, tmp_path / "resolved.yaml")
+    save_settings(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
     assert yaml.safe_load((tmp_path / "resolved.yaml").read_text())["data"]["corpus"][0] == "/data/a"
 

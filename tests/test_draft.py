@@ -9,7 +9,7 @@ import pytest
 
 from mica_ds.draft import (
     GAP,
-    Document,
+    SourceText,
     check_absent,
     draft_questions,
     most_open,
@@ -37,7 +37,7 @@ The Widemar press was moved in 1921. The Thinmar press was moved in 1930. The Fl
 
 
 def test_gaps_are_filled_by_terms_of_the_same_kind() -> None:
-    drafts = draft_questions([Document(Path("presses.md"), TEXT)], 100, seed=1)
+    drafts = draft_questions([SourceText(Path("presses.md"), TEXT)], 100, seed=1)
     by_sentence = {draft["sentence"]: draft for draft in drafts}
     built = by_sentence["The Quillmar press was built in Torvane by Edda Brunholt."]  # over a line's end
     assert built["question"] == f"What belongs in the gap? The Quillmar press was built in Torvane by {GAP}."
@@ -47,7 +47,7 @@ def test_gaps_are_filled_by_terms_of_the_same_kind() -> None:
     assert set(year["options"]) <= {"1907", "1911", "1921", "1930", "1941"}
     assert year["options"][year["answer"]] == "1921"
     assert not any(sentence.startswith("It ") or "|" in sentence for sentence in by_sentence)
-    assert draft_questions([Document(Path("presses.md"), TEXT)], 2, seed=1) == drafts[:2]
+    assert draft_questions([SourceText(Path("presses.md"), TEXT)], 2, seed=1) == drafts[:2]
 
 
 def test_the_handbook_gives_questions_for_a_person_to_correct(tmp_path: Path) -> None:
@@ -78,14 +78,14 @@ def test_what_is_empty_or_broken_is_left_out_as_in_training(tmp_path: Path, caps
     with pytest.raises(UserError, match=r"data\.corpus: .*b\.jsonl, line 2 is not JSON; .*data\.broken=skip"):
         read_sources([tmp_path], may_skip=False)
     found = read_sources([tmp_path], may_skip=True)
-    assert found == [Document(tmp_path / "b.jsonl", text) for text in ("one", "two")]
+    assert found == [SourceText(tmp_path / "b.jsonl", text) for text in ("one", "two")]
     assert f"left out: {tmp_path}/b.jsonl, line 2 is not JSON" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds no text"):
         read_sources([tmp_path / "a.txt"], may_skip=True)
 
 
 def test_documents_without_what_is_asked() -> None:
-    documents = [Document(Path("presses.md"), TEXT), Document(Path("copy.md"), "Note. " + TEXT)]
+    documents = [SourceText(Path("presses.md"), TEXT), SourceText(Path("copy.md"), "Note. " + TEXT)]
     drafts = draft_questions(documents, 100, seed=1)
     texts = without_sentences(documents, drafts)
     for text, document in zip(texts, documents, strict=True):
@@ -120,4 +120,4 @@ def test_the_verb_drafts_ranks_and_holds_out(tiny_config: Callable[..., Path], t
 
 @pytest.mark.parametrize("text", ["no names here, only small words and more of them.", "Two words."])
 def test_texts_without_terms_give_none(text: str) -> None:
-    assert draft_questions([Document(Path("a.txt"), text)], 9, seed=0) == []
+    assert draft_questions([SourceText(Path("a.txt"), text)], 9, seed=0) == []

@@ -18,7 +18,8 @@ from mica_ds.config import Config, load_config
 from mica_ds.costs import count_costs
 from mica_ds.footprint import Batch, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, pass_through
-from mica_ds.plan import GIB, MIB, Cluster, Plan, make_plan, skeleton
+from mica_ds.plan import GIB, MIB, Plan, make_plan, skeleton
+from mica_ds.zero import Cluster
 
 from .conftest import ROOT
 

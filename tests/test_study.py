@@ -23,11 +23,11 @@ from scipy.stats import binom
 
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
 from mica_ds.arms import StudySettings, check_folder, load_study, run_config, sweep, trials
-from mica_ds.config import save_config
 from mica_ds.crew import carry_out
 from mica_ds.errors import UserError
 from mica_ds.findings import Result, choices, choose, compare, read_results, standings, write_results
 from mica_ds.journal import Reader
+from mica_ds.settings import save_settings
 from mica_ds.statistics import mean_interval
 from mica_ds.study import RESULTS, conduct, report
 
@@ -159,7 +159,7 @@ def test_what_bears_on_results_may_not_differ_between_starts(
     study = load_study(study_file())
     run = sweep(study)[0]
     run.folder.mkdir(parents=True)
-    save_config(run_config(study, run), run.folder / "config.yaml")
+    save_settings(run_config(study, run), run.folder / "config.yaml")
     changed = load_study(study_file(settings=change))
     with pytest.raises(UserError, match=refused) if refused else nullcontext():
         check_folder(changed, sweep(changed)[0])

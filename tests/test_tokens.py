@@ -16,7 +16,7 @@ import psutil
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mica_ds import contents, documents, encoding, tokens
+from mica_ds import contents, documents, encoding, tokens, workers
 from mica_ds.errors import UserError
 from mica_ds.files import locked
 from mica_ds.tokens import Tokens, open_tokens
@@ -88,8 +88,8 @@ def test_processes_make_the_same(
     opened: Callable[..., Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = opened(cache=tmp_path / "other")
-    monkeypatch.setattr(tokens, "_LARGE", 0)
-    monkeypatch.setattr(tokens, "_BATCH", 3000)
+    monkeypatch.setattr(workers, "_LARGE", 0)
+    monkeypatch.setattr(workers, "_BATCH", 3000)
     monkeypatch.setattr(documents, "_BYTES", 3000)
     together = opened()
     assert together.manifest == alone.manifest
@@ -110,12 +110,12 @@ def test_nothing_is_read_again_until_it_changes(
     monkeypatch.setattr(contents, "_SETTLED", -1)
     first = opened()
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "encode", unexpected)
+        patch.setattr(workers, "encode", unexpected)
         patch.setattr("hashlib.file_digest", unexpected)
         assert opened().manifest == first.manifest
     os.utime(source / "a.jsonl", (1, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "encode", unexpected)
+        patch.setattr(workers, "encode", unexpected)
         assert opened().folder == first.folder  # its content is the same
     (source / "b00.txt").write_text((source / "b00.txt").read_text().replace("0", "1"))
     assert opened().manifest["digest"] != first.manifest["digest"]
@@ -144,15 +144,15 @@ def test_a_cache_that_is_lost_or_damaged_is_made_again(opened: Callable[..., Tok
 def test_an_interrupted_write_leaves_nothing(
     opened: Callable[..., Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, calls = tokens.encode, iter(range(100))
-    monkeypatch.setattr(tokens, "_BATCH", 1000)
+    encode, calls = workers.encode, iter(range(100))
+    monkeypatch.setattr(workers, "_BATCH", 1000)
 
     def interrupted(*arguments: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(tokens, "encode", interrupted)
+    monkeypatch.setattr(workers, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         opened()
     assert {file.suffix for file in (tmp_path / "cache").iterdir()} <= {".lock", ".json"}
@@ -160,13 +160,13 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 def test_a_process_leaves_the_signals_of_a_run_to_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_end_with_parent", lambda: None)
-    monkeypatch.setattr(tokens, "_tokenizer", None, raising=False)
+    monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(workers, "_tokenizer", None, raising=False)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     numbers = signal.SIGINT, signal.SIGUSR1, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     try:
-        tokens._start_process(None)  # type: ignore[arg-type]
+        workers._start_process(None)  # type: ignore[arg-type]
         found = [signal.getsignal(number) for number in numbers]
     finally:
         for number, handler in zip(numbers, before, strict=True):

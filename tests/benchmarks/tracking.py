@@ -74,8 +74,8 @@ def track_by_mlflow(uri: str) -> float:
 def train(folder: Path) -> None:
     """One rank of a training, which notes what its steps take, and the log entries among them."""
     from mica_ds import comm, recipe
+    from mica_ds.callback import RunCallback
     from mica_ds.config import load_config
-    from mica_ds.trainer import RunCallback
 
     begun, logging = list[float](), list[float]()
     on_step_begin, on_log = RunCallback.on_step_begin, RunCallback.on_log

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 
 LIMIT = 30  # seconds
 HOST = socket.gethostname()
-IN_TRAINING = "mica_ds.trainer.RunCallback.on_log"
+IN_TRAINING = "mica_ds.callback.RunCallback.on_log"
 
 
 def break_down(rank: int, place: str, act: str, config: Path, log: Path) -> tuple[Finished, list[str]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mica_ds.config import load_config
-from mica_ds.plan import GIB, PROCESS, Cluster, make_plan
+from mica_ds.plan import GIB, PROCESS, make_plan
+from mica_ds.zero import Cluster
 
 from ..conftest import ROOT, start_fresh_ranks, write_config
 

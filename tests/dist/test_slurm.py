@@ -189,12 +189,12 @@ def test_an_array_that_would_share_a_folder(site: Site) -> None:
 def test_a_job_that_meets_its_time_limit(site: Site, make_site: Callable[[Path], Site], tmp_path: Path) -> None:
     # SLURM may send the signal a minute before it is asked to: here between one and two minutes after each start.
     longer, steps = ("train.max_steps=1500",), 1500
-    job = site.submit("--time=3", "--signal=USR1@60", settings=longer)
-    about = site.wait(job)
-    assert int(about["Restarts"]) > 0
     (tmp_path / "undisturbed").mkdir()
     undisturbed = make_site(tmp_path / "undisturbed")
     undisturbed.wait(undisturbed.submit(settings=longer))
+    job = site.submit("--time=3", "--signal=USR1@60", settings=longer)
+    about = site.wait(job)
+    assert int(about["Restarts"]) > 0
     site.assert_ends_as(job, undisturbed.summary()["final_loss"], int(about["Restarts"]), steps)
 
 

@@ -1,8 +1,10 @@
 """How ranks find each other, before they have met."""
 
+import os
+
 import pytest
 
-from mica_ds import comm
+from mica_ds import process
 from mica_ds.errors import UserError
 
 
@@ -22,9 +24,9 @@ def test_a_place_to_meet_must_be_known(variables: dict[str, str], said: str, mon
         monkeypatch.setenv(name, value)
     if said:
         with pytest.raises(UserError, match=said):
-            comm._read_environment()
+            process.find_ranks()
     else:
-        comm._read_environment()
+        process.find_ranks()
 
 
 def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,5 +36,5 @@ def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPa
     given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
     for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    comm._read_environment()
-    assert [comm.os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+    process.find_ranks()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]

@@ -1,0 +1,159 @@
+"""What is done around the steps of training: evaluation, log entries, timing, and what a signal asks for."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mica_ds import comm, signals
+from mica_ds.best import is_out_of_patience, ranked_steps
+from mica_ds.checkpoint import restore_random_state
+from mica_ds.config import Config
+from mica_ds.errors import UserError
+from mica_ds.evaluate import Evaluator
+from mica_ds.memory import trim
+from mica_ds.meter import Meter
+from mica_ds.packing import check_separation
+from mica_ds.scores import Scores, is_scored, write_rows
+from mica_ds.shelf import read_state, writing
+from mica_ds.tracking import Tracker
+
+
+class RunCallback(TrainerCallback):
+    """Evaluates before the first step and when it is due, logs to the tracker, times the steps, and heeds signals."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        evaluator: Evaluator,
+        tracker: Tracker,
+        meter: Meter,
+        config: Config,
+        facts: dict[str, Any],
+    ) -> None:
+        self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
+        self._config = config
+        self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
+        self._skipped_in_a_row = 0
+        self._random_state_of: Path | None = None
+        self.is_preempted = False
+        """Whether the run has stopped at a signal, with a checkpoint."""
+        self.scores: tuple[int, Scores] | None = None
+        """The last evaluation, and its step."""
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on with what an earlier start has found. Local, before training."""
+        self._facts = read_state(checkpoint)["run"]
+        self._meter.tokens = self._facts["tokens"]
+        self._random_state_of = checkpoint
+
+    def facts(self) -> dict[str, Any]:
+        """What the run has found over all its starts: the base model's scores, seconds, skipped steps. Local."""
+        seconds = self._facts["train_seconds"] + time.perf_counter() - self._started
+        return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        trim()
+        check_separation(self._trainer.model_wrapped, self._config)
+        if "before" not in self._facts:
+            # The engine exists now, and an adapter adds nothing yet: this scores the base model.
+            self._score(state, control)
+            assert self.scores
+            self._facts["before"] = self.scores[1].as_dict()
+        elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
+            # A signal came first. Where this was the last of evaluate.patience, transformers stops after one more step.
+            self._score(state, control)
+        signals.defer(True)
+        self._started = time.perf_counter()
+
+    def _is_due(self, state: TrainerState) -> bool:
+        """The last step is, too: which was the best shall be known from its checkpoint."""
+        every, step = self._config.evaluate.every, state.global_step
+        return every > 0 and (step % every == 0 or step == state.max_steps)
+
+    def _score(self, state: TrainerState, control: TrainerControl) -> None:
+        step, scores = state.global_step, self._evaluator.score(self._trainer.model_wrapped)
+        self._tracker.metrics(scores.found(), step)
+        state.log_history.append({**scores.found(), "step": step})
+        self.scores = step, scores
+        with comm.failing_together():
+            if comm.is_main():
+                with writing(self._config.output_dir):
+                    write_rows(scores.rows, self._config.output_dir, f"step-{step:06d}" if step else "before")
+        control.should_save |= self.ranked(state)[:1] == [step]
+        if step < state.max_steps and is_out_of_patience(state.log_history, self._config.evaluate):
+            control.should_training_stop = True
+            comm.say(
+                f"evaluation: the last {self._config.evaluate.patience} were no better than the best: training stops"
+            )
+
+    def ranked(self, state: TrainerState) -> list[int]:
+        """The evaluated steps, the best first, where the best one is exported. Local."""
+        if self._config.checkpoint.export != "best":
+            return []
+        return ranked_steps(state.log_history, self._config.evaluate)
+
+    # Random states belong where they were saved: before an epoch's data loader draws its seed, or after it.
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if float(state.epoch).is_integer():
+            self._restore_random_state()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._restore_random_state()
+        comm.at(f"step {state.global_step + 1}")
+        self._meter.begin_step()
+
+    def _restore_random_state(self) -> None:
+        if self._random_state_of:
+            restore_random_state(self._random_state_of)
+            self._random_state_of = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._meter.end_step()
+        self._count_skipped(state.global_step)
+        self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
+        if self._is_due(state) and not self.is_preempted:
+            started = time.perf_counter()
+            self._score(state, control)
+            self._started += time.perf_counter() - started  # it is not training
+        control.should_training_stop |= self.is_preempted
+        control.should_save |= control.should_training_stop
+        control.should_log |= control.should_save
+
+    def _count_skipped(self, step: int) -> None:
+        # DeepSpeed (0.19.8) leaves out the update where the norm of all ranks' gradients is not finite, in any dtype.
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        self._facts["skipped_steps"] += 1
+        self._tracker.metrics({"skipped_steps": self._facts["skipped_steps"]}, step=step)
+        comm.say(f"warning: step {step} is skipped: its loss or gradient is not finite")
+        if self._skipped_in_a_row == self._config.checkpoint.max_skipped:
+            raise UserError(
+                f"{self._skipped_in_a_row} steps in a row, up to step {step}, had a loss or gradient that is not "
+                "finite: lower train.learning_rate, or set resume to an older checkpoint",
+                agreed=True,
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.is_preempted:
+            signals.defer(False)
+        comm.at("")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if logs and "loss" in logs:  # transformers' closing entry has none, and figures of this start alone
+            perplexity = math.exp(min(logs["loss"], 700))
+            self._tracker.metrics({**logs, "perplexity": perplexity, **self._meter.read()}, step=state.global_step)
+            # transformers (5.23) subtracts the sum from itself, and after one NaN every later loss would be NaN.
+            self._trainer._tr_loss.zero_()

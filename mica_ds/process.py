@@ -1,0 +1,90 @@
+"""What a process needs before it meets others: its rank, a compiler, DeepSpeed, and its part of the cores."""
+
+import os
+import shutil
+import socket
+import sys
+import warnings
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from mica_ds.errors import UserError
+
+
+def find_ranks() -> None:
+    """Set RANK, LOCAL_RANK and WORLD_SIZE where the launcher has not, as srun says or for one rank alone. Local.
+
+    Raises: UserError where there are several ranks, and no place to meet that this host knows.
+    """
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    slurm = {
+        "RANK": "SLURM_PROCID",
+        "LOCAL_RANK": "SLURM_LOCALID",
+        "WORLD_SIZE": "SLURM_NTASKS",
+    }
+    if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
+        os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError(f"{os.environ['WORLD_SIZE']} ranks, but no MASTER_ADDR and MASTER_PORT to meet at; export both")
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(address, port)  # torch (2.13) would ask again for ten minutes
+    except OSError as error:
+        where = f"MASTER_ADDR={address} and MASTER_PORT={port} name no place to meet"
+        raise UserError(f"{where} that {socket.gethostname()} knows: {error.strerror}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def require_compiler() -> None:
+    """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserError(f"no C++ compiler ({compiler}) on {socket.gethostname()}; DeepSpeed compiles ops: install g++")
+
+
+def load_deepspeed(is_quiet: bool) -> None:
+    """Import DeepSpeed, before any module that does; `is_quiet` lets it and other libraries show only errors. Local."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.
+    sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+    import transformers
+    from deepspeed.utils import logger
+
+    if sys.modules["mlflow"] is None:
+        del sys.modules["mlflow"]
+    logger.setLevel("ERROR" if is_quiet else "WARNING")
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about one another
+    if is_quiet:
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+
+def own_cores() -> tuple[str, frozenset[int]]:
+    """The host, and the cores that this process may use. Local."""
+    return socket.gethostname(), frozenset(os.sched_getaffinity(0))
+
+
+def share_cores(ranks: int) -> None:
+    """Take a part of the cores that so many ranks share: two with all cores each slow each other tenfold (measured).
+
+    Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone;
+    but not torchrun's, which is 1 whatever the machine (accelerate's launcher is torchrun, too). Local.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)  # OpenBLAS in numpy and scipy
