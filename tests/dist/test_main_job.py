@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from mica_ds.config import flatten
+from mica_ds.settings import flatten
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start
 from .test_basis import assert_bases_match, manifest
