@@ -1,10 +1,11 @@
-# What the launchers share; sourced by them in the repository's root, with their arguments.
+# What the launchers share; sourced by them in the repository's root, with their arguments. All run the verb `train`,
+# unless VERB names another: VERB=doctor bash launch/train.sh CONFIG
 fail() { echo "error: $1" >&2; exit 2; }
 
 [ $# -gt 0 ] || fail "no config; bash $0 CONFIG [key=value ...]"
 [ -d .venv ] || fail "no .venv; run bash launch/setup.sh first"
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || gpus=0
-ranks=${NUM_RANKS:-$gpus}
+verb=${VERB:-train} ranks=${NUM_RANKS:-$gpus}
 if [ "$ranks" -eq 0 ]; then ranks=2; fi
 
 export PATH="$PWD/.venv/bin:$PATH"

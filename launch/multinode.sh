@@ -30,4 +30,4 @@ for secret in $(compgen -e MLFLOW_ | grep -E '(PASSWORD|PASSWD|TOKEN|SECRET|KEY)
   unset "$secret"
 done
 exec deepspeed --hostfile "$HOSTFILE" --force_multi --no_local_rank --venv_script "$PWD/.venv/bin/activate" \
-  --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" --module mica_ds train "$@"
+  --master_addr "${MASTER_ADDR:-$first}" --master_port "${MASTER_PORT:-29500}" --module mica_ds "$verb" "$@"

@@ -10,4 +10,4 @@ nodes=${NUM_NODES:-1}
 [ "$nodes" -eq 1 ] || [ -n "${NODE_RANK:+${MASTER_ADDR:-}}" ] ||
   fail "NUM_NODES=$nodes needs NODE_RANK, this node's number from 0 on, and MASTER_ADDR, the first node's name"
 exec torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" \
-  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m mica_ds train "$@"
+  --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" -m mica_ds "$verb" "$@"

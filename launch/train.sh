@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 exec deepspeed --no_local_rank --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" \
-  --module mica_ds train "$@"
+  --module mica_ds "$verb" "$@"

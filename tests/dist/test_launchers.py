@@ -147,9 +147,10 @@ def test_a_secret_stands_on_no_nodes_command_line(tmp_path: Path) -> None:
         (tmp_path / "bin" / name).chmod(0o755)
     variables = {"PATH": f"{tmp_path}/bin:{environment()['PATH']}", "HOSTFILE": str(tmp_path / "hosts")}
     variables |= {"MLFLOW_TRACKING_USERNAME": "edda", "MLFLOW_TRACKING_PASSWORD": "Torvane1907"}
-    finished = start(["bash", "launch/multinode.sh", "my.yaml"], **variables)
+    finished = start(["bash", "launch/multinode.sh", "my.yaml"], **variables, VERB="doctor")
     assert finished.codes == [0], finished.output
     asked = (tmp_path / "asked").read_text()
+    assert asked.endswith(" mica_ds doctor my.yaml\n")
     assert "MLFLOW_TRACKING_USERNAME=edda" in asked  # this much DeepSpeed takes
     assert "warning: MLFLOW_TRACKING_PASSWORD stays here" in finished.output
     assert "Torvane1907" not in asked + finished.output
