@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mica_ds import factor
+from mica_ds import capacity, factor
 from mica_ds.capacity import nearest_fit, replaced, told
 from mica_ds.checks import checkpoint_bytes
 from mica_ds.cli import app
 from mica_ds.config import Config, load_config
 from mica_ds.costs import count_costs
+from mica_ds.errors import UserError
 from mica_ds.footprint import Batch, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, pass_through
 from mica_ds.plan import GIB, MIB, Plan, make_plan, skeleton
@@ -214,6 +215,24 @@ def test_changes_can_be_pasted_into_a_shell() -> None:
 
 def test_where_nothing_fits_it_says_so(llama: Path) -> None:
     assert nearest_fit(shipped(llama), gpus(1, gpu=2)) is None
+
+
+def test_what_does_not_fit_is_refused_or_warned_of(
+    tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(capacity.comm, "say", said.append)
+    monkeypatch.setattr(capacity, "nearest_fit", lambda *_: {"train.per_device_train_batch_size": 1})
+    cluster = Cluster(1, 2, 0, GIB)
+    refusing, warning = (load_config(tiny_config(), [f"capacity={choice}"]) for choice in ("refuse", "warn"))
+    plan = make_plan(refusing, cluster)
+    nearest = "the nearest that fits: train.per_device_train_batch_size=1"
+    with pytest.raises(UserError, match=f"it does not fit: .*; {nearest}; capacity=warn tries all the same"):
+        capacity._complain(refusing, cluster, plan)
+    assert said == []
+    capacity._complain(warning, cluster, plan)
+    assert said[0].startswith("warning: plan: it does not fit: ")
+    assert said[0].endswith(nearest)
 
 
 def run(*arguments: Any) -> tuple[int, str]:
