@@ -1,5 +1,6 @@
 """What is done around the steps of training: evaluation, log entries, timing, and what a signal asks for."""
 
+import copy
 import math
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ class RunCallback(TrainerCallback):
         elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
             # A signal came first. Where this was the last of evaluate.patience, transformers stops after one more step.
             self._score(state, control)
+        _forget_order(self._trainer.model_wrapped)
         signals.defer(True)
         self._started = time.perf_counter()
 
@@ -157,3 +159,16 @@ class RunCallback(TrainerCallback):
             self._tracker.metrics({**logs, "perplexity": perplexity, **self._meter.read()}, step=state.global_step)
             # transformers (5.23) subtracts the sum from itself, and after one NaN every later loss would be NaN.
             self._trainer._tr_loss.zero_()
+
+
+def _forget_order(engine: Any) -> None:
+    """Have DeepSpeed learn anew the order of modules, which so far was that of forwards alone.
+
+    It keeps for good what it has let go of after each module at each place in that order (0.19.8, an `lru_cache` by
+    coordinator): after a forward alone every weight, and so training would gather each of them twice a step.
+    """
+    offload = engine.optimizer.parameter_offload
+    coordinator = copy.copy(offload.get_param_coordinator())
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    offload.param_coordinator = coordinator

@@ -24,45 +24,25 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from common import GIB, ROOT, Found, Row, console, memory, print_rows, reset_peak, run_ranks, write_json
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+sys.path.append(str(ROOT))
+from tests.collectives import KINDS, Collectives
 
 RANKS = 2
 SKIPPED, TIMED = 3, 8
 DEEPSPEED = ROOT / "configs/deepspeed/zero3.json"
 STOCK = [(method, threshold) for method in ("lora", "mica") for threshold in (0, "auto", "default")]
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "broadcast", "other")
 
 
 # What rank processes run. What imports DeepSpeed is imported inside, once the environment is set.
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives of all libraries where torch dispatches them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.replace("_", "")
-            kind = next((kind for kind in KINDS if kind.replace("-", "") in name), "other")
-            sides = ([leaf.nbytes for leaf in tree_leaves(side) if torch.is_tensor(leaf)] for side in args[:2])
-            self.calls[kind] += 1
-            self.bytes[kind] += max(map(sum, sides))
-        return func(*args, **(kwargs or {}))
 
 
 class Meter(TrainerCallback):

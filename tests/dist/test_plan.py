@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mica_ds.config import load_config
+from mica_ds.costs import count_costs
 from mica_ds.plan import GIB, PROCESS, make_plan
 from mica_ds.zero import Cluster
 
@@ -39,7 +40,9 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
         train={"per_device_train_batch_size": 1, "max_steps": 3, "save_steps": 1000},
         deepspeed=str(ROOT / f"configs/deepspeed/zero3{offload}.json"),
     )
-    plan = make_plan(load_config(file), Cluster(1, ranks, 0, 64 * GIB))
+    config = load_config(file)
+    plan = make_plan(config, Cluster(1, ranks, 0, 64 * GIB))
+    costs = count_costs(config, plan)
     arguments, variables = ["train", str(file), "capacity=warn"], {"MEASURED": str(tmp_path), **ALLOCATOR}
     if ranks == 1:  # with no room at all, which is warned of
         variables["FREE_MIB"] = "0"
@@ -48,14 +51,17 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
     verdict = "warning: plan: it does not fit: " if ranks == 1 else "plan: fits: "
     assert found.outputs[0].count(verdict) == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    before = [int((tmp_path / str(rank)).read_text()) for rank in range(ranks)]
-    growth = max(peak - base for peak, base in zip(summary["peak_rss_bytes"], before, strict=True))
+    notes = [[json.loads(line) for line in (tmp_path / f"{rank}.jsonl").open()] for rank in range(ranks)]
+    growth = max(peak - found[0]["before"] for peak, found in zip(summary["peak_rss_bytes"], notes, strict=True))
     loading = max(summary["loading_rss_bytes"])
     planned = plan.need("host", plan.worst("host")) - PROCESS
     print(f"{ranks} {offload or 'none'} {length}: loading {loading / (plan.need('host', 'loading') - PROCESS):.3f}")
     print(f"{ranks} {offload or 'none'} {length}: all {growth / planned:.3f} of {planned >> 20} MiB")
     assert loading == pytest.approx(plan.need("host", "loading") - PROCESS, rel=0.1)
     assert growth == pytest.approx(planned, rel=0.1)
+    if ranks > 1:
+        received = [found[1]["gathered"] * (ranks - 1) / ranks for found in notes]
+        assert received == pytest.approx([costs.gathered] * ranks, rel=0.01)
 
 
 def test_what_cannot_fit_is_refused_with_what_fits(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
