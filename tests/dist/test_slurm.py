@@ -59,6 +59,21 @@ class Site:
         """Wait for the checkpoint of a step."""
         wait_until((self.run / f"checkpoints/step-{step:06d}").exists, self.folder, LAUNCH_LIMIT)
 
+    def newest(self) -> str:
+        """The newest checkpoint."""
+        return max((found.name for found in self.run.glob("checkpoints/step-*")), default="")
+
+    def wait_for_restart(self, job: str, restarts: int) -> None:
+        """Wait until a job trains again after so many restarts."""
+
+        def is_running() -> bool:
+            about = self.show(job)
+            return (about["JobState"], about["Restarts"]) == ("RUNNING", str(restarts))
+
+        wait_until(is_running, self.folder, LAUNCH_LIMIT)
+        newest = self.newest()
+        wait_until(lambda: self.newest() > newest, self.folder, LAUNCH_LIMIT)
+
     def outputs(self) -> dict[str, str]:
         folders = [ROOT / "runs/slurm" / job for job in self.jobs]
         logs = [*self.folder.glob("job-*.log"), *(log for folder in folders for log in folder.glob("*"))]
@@ -143,11 +158,11 @@ def test_a_job_that_is_requeued_preempted_and_loses_a_node(site: Site, loss: flo
     slurm, job = site.slurm, site.submit()
     site.wait_for_step(4)
     slurm.run("scontrol", "requeue", job)
-    site.wait_for_step(8)
+    site.wait_for_restart(job, 1)
     options = ["--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 2"]
     urgent = slurm.run("sbatch", "--parsable", *options)
     assert site.wait(urgent)["JobState"] == "COMPLETED"
-    site.wait_for_step(12)
+    site.wait_for_restart(job, 2)
     slurm.lose_node("n2")
     site.wait(job, "PENDING")
     slurm.start_node("n2")
