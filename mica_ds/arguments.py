@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
 
 from mica_ds import process
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
@@ -40,7 +41,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
 
     Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
+    Raises: UserError where transformers or torch refuses a value, or DeepSpeed's offload lacks its compiler.
     """
     if config.model.offload_activations and not recomputes_activations(config):
         raise UserError(
@@ -50,7 +51,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     if "offload_optimizer" in deepspeed["zero_optimization"]:
         process.require_compiler()
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **_arguments(config),
             output_dir=str(config.output_dir / "checkpoints"),
             gradient_accumulation_steps=accumulation,
@@ -61,8 +62,32 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
             report_to=[],
             label_names=["labels"],
         )
+        _try(arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
+    if arguments.max_steps < 1 and arguments.num_train_epochs <= 0:
+        raise UserError(
+            f"train.num_train_epochs={arguments.num_train_epochs:g} makes no step: set more, or train.max_steps"
+        )
+    return arguments
+
+
+def _try(arguments: TrainingArguments) -> None:
+    """Make an optimizer and a scheduler of these, as would happen only once the model and its bases are there."""
+    optimizer = torch.optim.AdamW(
+        [nn.Parameter(torch.zeros(1))],
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+    )
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(1),
+        num_training_steps=1,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+    )
 
 
 def _arguments(config: Config) -> dict[str, Any]:
