@@ -102,7 +102,7 @@ def train(config: Config) -> None:
                     f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on", agreed=True
                 )
         else:
-            engine = inference_engine(model, args)
+            engine = inference_engine(config, model, args)
         assert checkpoint  # the last step has written one
         history = read_history(checkpoint)
         after = _last_scores(evaluator, engine, step_of(checkpoint), scores, history, tracker)
@@ -172,7 +172,7 @@ def evaluate(config: Config) -> None:
         modules = _targets(config, model)
         bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         model = attach(config, model, modules, bases, checkpoint)
-    engine = inference_engine(model, args)
+    engine = inference_engine(config, model, args)
 
     def run_suites(name: str) -> dict[str, Marks]:
         return score_suites(suites, evaluator.runner, engine, folder, name)
@@ -226,7 +226,7 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
         write_jsonl(drafts, file)
         settings = EvaluateSettings(questions=file, batch_tokens=config.evaluate.batch_tokens)
         evaluator = Evaluator(settings, tokenizer, config.data.sequence_length)
-    scores = evaluator.score(inference_engine(_load(config, None)[0], args))
+    scores = evaluator.score(inference_engine(config, _load(config, None)[0], args))
     return [row["losses"] for row in scores.rows]
 
 
