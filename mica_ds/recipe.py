@@ -31,7 +31,7 @@ from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism
 from mica_ds.record import discard_after, open_run_folder, record_beginning, record_end, save_probe, trained
-from mica_ds.report import print_evaluation, print_summary, write_evaluation
+from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
     attach,
     checked_weights,
@@ -40,13 +40,14 @@ from mica_ds.resume import (
     fingerprints,
     frozen_tensors,
     is_complete,
+    is_own,
     made_of,
     scores_before,
     start_point,
 )
 from mica_ds.scores import MEASURES, Scores, compare, is_scored, write_rows
 from mica_ds.shards import CheckpointSource, PartitionSource, WeightSource
-from mica_ds.shelf import check_origin, step_of, writing
+from mica_ds.shelf import check_origin, read_state, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import build_trainer, inference_engine
@@ -59,7 +60,9 @@ def train(config: Config) -> None:
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
-    check_capacity(config)  # before `training_arguments`, after which every model is partitioned
+    # Before `training_arguments`, after which every model is partitioned. A finished run has fitted already, and may
+    # have come to a smaller machine: it is warned alone.
+    check_capacity(config.model_copy(update={"capacity": "warn"}) if (folder / SUMMARY).exists() else config)
     with comm.failing_together():
         args = training_arguments(config, accumulation_steps(config, comm.world_size()))
         tokenizer = load_tokenizer(config.model)
@@ -89,11 +92,13 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        discard_after(step, folder)
+        discard_after(step if is_own(checkpoint, config) else -1, folder)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
-            facts = {"basis_seconds": basis.seconds if basis else 0.0}
+            facts: dict[str, Any] = {"basis_seconds": basis.seconds if basis else 0.0}
+            if basis:
+                facts["basis_fingerprint"] = basis.manifest["fingerprint"]
             trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin, frozen, facts)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine, scores = trainer.saved, trainer.model_wrapped, trainer.run.scores
@@ -105,7 +110,8 @@ def train(config: Config) -> None:
             engine = inference_engine(config, model, args)
         assert checkpoint  # the last step has written one
         history = read_history(checkpoint)
-        after = _last_scores(evaluator, engine, step_of(checkpoint), scores, history, tracker)
+        last = read_state(checkpoint)["step"]
+        after = _last_scores(evaluator, engine, last, scores, history, tracker)
         best = exported_checkpoint(config, checkpoint, history)
         if best != checkpoint:
             comm.say(f"export: {best.name} is the best one, and is exported instead of the last, {checkpoint.name}")
@@ -114,7 +120,7 @@ def train(config: Config) -> None:
         before = scores_before(checkpoint, evaluator)
         save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder)
         summary = {
-            "exported_step": step_of(best),
+            "exported_step": read_state(best)["step"],
             "questions": evaluator.questions,
             "chance": evaluator.chance,
             "trainable_parameters": trainable,
