@@ -1,7 +1,7 @@
 """transformers' `TrainingArguments` of a config, and the steps that follow from it."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def _try(arguments: TrainingArguments) -> None:
         optimizer,
         num_warmup_steps=arguments.get_warmup_steps(1),
         num_training_steps=1,
-        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=cast(dict[str, Any] | None, arguments.lr_scheduler_kwargs),  # a text was parsed
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
-from torch import nn
 from transformers import AttentionInterface, default_data_collator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -103,12 +102,12 @@ def mask_evaluation(config: Config) -> None:
     shared, own = ALL_ATTENTION_FUNCTIONS[name], AttentionInterface._global_mapping[name]
 
     def attend(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **kw: Any
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **more: Any
     ) -> Any:
         if module.training:
-            return shared(module, query, key, value, mask, *args, **kw)
+            return shared(module, query, key, value, mask, *args, **more)
         module.num_key_value_groups = query.shape[1] // key.shape[1]
-        return own(module, query, key, value, mask, *args, **kw)
+        return own(module, query, key, value, mask, *args, **more)
 
     ALL_ATTENTION_FUNCTIONS[name] = attend
 
