@@ -77,6 +77,7 @@ def train(config: Config) -> None:
         if comm.is_main():
             tracking.finish(folder, config.tracking.uri)
         return
+    past = step if is_own(checkpoint, config) else -1
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
@@ -92,7 +93,7 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        discard_after(step if is_own(checkpoint, config) else -1, folder)
+        discard_after(past, folder)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
@@ -152,8 +153,10 @@ def basis(config: Config) -> None:
         checkpoint = open_checkpoint(config.model.path)
         targets = stored_targets(load_skeleton(config.model), config.adapter, checkpoint)
     found = _bases(config, CheckpointSource(targets, DTYPES[config.model.dtype]))
-    if comm.is_main():
-        figures.plot_spectrum(found.manifest, config.output_dir / "spectrum.png")
+    with comm.failing_together():
+        if comm.is_main():
+            with writing(config.output_dir):
+                figures.plot_spectrum(found.manifest, config.output_dir / "spectrum.png")
 
 
 def evaluate(config: Config) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from mica_ds.cache import write_manifest
 from mica_ds.config import Config, load_config
 from mica_ds.errors import UserError
 from mica_ds.files import file_hash
@@ -63,7 +64,7 @@ def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config:
     assert not is_own(copy, config)
 
 
-def test_a_probe_that_cannot_be_written_is_one_sentence(tmp_path: Path, alone: None) -> None:
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, alone: None) -> None:
     class Model(nn.Linear):
         def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:  # type: ignore[override]
             return SimpleNamespace(logits=input_ids)
@@ -72,3 +73,5 @@ def test_a_probe_that_cannot_be_written_is_one_sentence(tmp_path: Path, alone: N
     assert [file.name for file in tmp_path.iterdir()] == ["probe.safetensors"]
     with pytest.raises(UserError, match="gone cannot be written"):
         save_probe(Model(1, 1), [1, 2], tmp_path / "gone")
+    with pytest.raises(UserError, match=r"manifest.json cannot be written"):
+        write_manifest(tmp_path / "gone" / "manifest.json", {"matrices": []})
