@@ -20,6 +20,8 @@ def accumulation_steps(config: Config, ranks: int) -> int:
     Raises: UserError where the ranks cannot divide the global batch.
     """
     micro = _arguments(config)["per_device_train_batch_size"]
+    if micro < 1:
+        raise UserError(f"train.per_device_train_batch_size={micro}: a micro-batch has a sequence at least")
     steps, rest = divmod(config.data.global_batch, micro * ranks)
     if rest or not steps:
         raise UserError(

@@ -5,12 +5,12 @@ Attention swaps sequence for heads between them (two all-to-alls a layer); all e
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
-from transformers import AttentionInterface, default_data_collator
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, default_data_collator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mica_ds import comm
@@ -38,7 +38,8 @@ def check_parallelism(config: Config, model_config: Any) -> None:
     if size == 1:
         return
     text = model_config.get_text_config()
-    if not hasattr(text, "num_key_value_heads"):
+    has_sdpa = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)])._supports_sdpa
+    if not hasattr(text, "num_key_value_heads") or (_attention(config) == "sdpa" and not has_sdpa):
         raise UserError(f"data.sequence_parallel: DeepSpeed cannot share the attention of {text.model_type} models")
     heads, key_value_heads = text.num_attention_heads, text.num_key_value_heads
     for number, what in (

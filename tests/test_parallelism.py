@@ -1,4 +1,4 @@
-"""Attention of ranks that share sequences: what it does while a model evaluates."""
+"""Attention of ranks that share sequences: whose can be shared, and what it does while a model evaluates."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mica_ds.config import load_config
+from mica_ds.errors import UserError
 from mica_ds.inference import Runner
-from mica_ds.parallelism import mask_evaluation
+from mica_ds.parallelism import check_parallelism, mask_evaluation
 
 
 @pytest.fixture
@@ -42,3 +43,19 @@ def test_answers_heed_their_padding(
     assert together == [runner.continuations(model, [prompt], 8)[0] for prompt in prompts]
     model.train()
     assert model(input_ids=torch.tensor(prompts[1:])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("gpt2", "DeepSpeed cannot share the attention of gpt2 models"),  # counts no key-value heads
+        ("gpt_oss", "DeepSpeed cannot share the attention of gpt_oss models"),  # has no sdpa
+        ("llama", "data.sequence_parallel=2 does not divide the 1 ranks"),
+    ],
+)
+def test_attention_that_cannot_be_shared_is_refused(
+    architecture: str, message: str, tiny_config: Callable[..., Path], alone: None
+) -> None:
+    config = load_config(tiny_config(), ["data.sequence_parallel=2", "data.pack=false"])
+    with pytest.raises(UserError, match=message):
+        check_parallelism(config, AutoConfig.for_model(architecture))

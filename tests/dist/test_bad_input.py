@@ -124,6 +124,7 @@ def test_global_batch_that_the_ranks_cannot_divide(tiny_config: Callable[..., Pa
     [
         ("train.lr_scheduler_type=cosine_with_min_lr", "train: transformers refuses these arguments: One of min_lr"),
         ("train.num_train_epochs=0", "train.num_train_epochs=0 makes no step"),
+        ("train.per_device_train_batch_size=0", "train.per_device_train_batch_size=0: a micro-batch has a sequence"),
     ],
 )
 def test_a_training_that_cannot_begin(
