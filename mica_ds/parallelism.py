@@ -91,6 +91,11 @@ def share_batches(loader: Any, size: int) -> None:
     sampler.process_index //= size
 
 
+def unshared(config: Config) -> Config:
+    """The config of ranks that share no sequence, which evaluation alone does on any number of them. Local."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"sequence_parallel": 1})})
+
+
 def mask_evaluation(config: Config) -> None:
     """Let attention heed its mask again while a model evaluates: the answers to open questions are padded. Local.
 

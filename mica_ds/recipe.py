@@ -29,7 +29,7 @@ from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
-from mica_ds.parallelism import check_parallelism
+from mica_ds.parallelism import check_parallelism, unshared
 from mica_ds.record import discard_after, open_run_folder, record_beginning, record_end, save_probe, trained
 from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
@@ -161,6 +161,7 @@ def basis(config: Config) -> None:
 
 def evaluate(config: Config) -> None:
     """Score the run folder's checkpoint and the base model under it, or alone where there is none. Collective."""
+    config = unshared(config)
     folder = open_run_folder(config)
     with comm.failing_together():
         settings = config.evaluate
@@ -228,6 +229,7 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
 
 def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     """The base model's loss of each option of the drafts. Collective."""
+    config = unshared(config)
     with comm.failing_together():
         args, tokenizer = training_arguments(config), load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as folder:

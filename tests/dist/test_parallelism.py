@@ -76,6 +76,12 @@ def test_ranks_that_share_sequences_score_as_one_rank(runs: dict[str, Run]) -> N
             assert one.get("losses", []) == pytest.approx(other.get("losses", []), rel=1e-3)
             if file == "before.jsonl":  # of one and the same model
                 assert one.get("given") == other.get("given")
+    shared = runs["shared"]  # scored again, by a rank that has no other to share with
+    scored = start_ranks(1, ["evaluate", str(shared.config), f"output_dir={shared.folder}", SHARED])
+    assert scored.codes == [0], scored.output
+    found = json.loads((shared.folder / "evaluation.json").read_text())
+    assert found["checkpoint"] == f"step-{STEPS:06d}"
+    assert found["knowledge_after"] == shared.summary()["knowledge_after"]
 
 
 def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:
