@@ -174,6 +174,7 @@ DERIVED_ARGUMENTS = {
 _FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
 UNSUPPORTED_ARGUMENTS = {
     "eval_strategy": "set evaluate.every instead",
+    "eval_on_start": "what `evaluate` names is always scored before training",
     "load_best_model_at_end": "set checkpoint.export=best instead",
     "resume_from_checkpoint": "set resume instead",
     "save_total_limit": "set checkpoint.keep instead",

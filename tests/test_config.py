@@ -77,6 +77,7 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("train.resume_from_checkpoint=x", "train.resume_from_checkpoint is not supported: set resume instead"),
         ("train.label_smoothing_factor=0.1", "train.label_smoothing_factor is not supported: the loss is that of the"),
         ("train.average_tokens_across_devices=false", "is not supported: the loss is always the mean over"),
+        ("train.eval_on_start=true", "is not supported: what `evaluate` names is always scored before training"),
         ("train.optim=adafactor", "train.optim is not supported: the JSON of `deepspeed` names the optimizer"),
         ("checkpoint.keep=0", "checkpoint.keep: input should be greater than 0"),
         ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
