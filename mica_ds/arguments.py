@@ -1,10 +1,11 @@
 """transformers' `TrainingArguments` of a config, and the steps that follow from it."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
 
 from mica_ds import process
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
@@ -19,6 +20,8 @@ def accumulation_steps(config: Config, ranks: int) -> int:
     Raises: UserError where the ranks cannot divide the global batch.
     """
     micro = _arguments(config)["per_device_train_batch_size"]
+    if micro < 1:
+        raise UserError(f"train.per_device_train_batch_size={micro}: a micro-batch has a sequence at least")
     steps, rest = divmod(config.data.global_batch, micro * ranks)
     if rest or not steps:
         raise UserError(
@@ -40,7 +43,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
 
     Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where transformers refuses a value, or DeepSpeed's offload lacks its compiler.
+    Raises: UserError where transformers or torch refuses a value, or DeepSpeed's offload lacks its compiler.
     """
     if config.model.offload_activations and not recomputes_activations(config):
         raise UserError(
@@ -50,7 +53,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     if "offload_optimizer" in deepspeed["zero_optimization"]:
         process.require_compiler()
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **_arguments(config),
             output_dir=str(config.output_dir / "checkpoints"),
             gradient_accumulation_steps=accumulation,
@@ -61,8 +64,32 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
             report_to=[],
             label_names=["labels"],
         )
+        _try(arguments)
     except (ValueError, TypeError) as error:
         raise UserError(f"train: transformers refuses these arguments: {' '.join(str(error).split())}") from None
+    if arguments.max_steps < 1 and arguments.num_train_epochs <= 0:
+        raise UserError(
+            f"train.num_train_epochs={arguments.num_train_epochs:g} makes no step: set more, or train.max_steps"
+        )
+    return arguments
+
+
+def _try(arguments: TrainingArguments) -> None:
+    """Make an optimizer and a scheduler of these, as would happen only once the model and its bases are there."""
+    optimizer = torch.optim.AdamW(
+        [nn.Parameter(torch.zeros(1))],
+        lr=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        eps=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+    )
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=arguments.get_warmup_steps(1),
+        num_training_steps=1,
+        scheduler_specific_kwargs=cast(dict[str, Any] | None, arguments.lr_scheduler_kwargs),  # a text was parsed
+    )
 
 
 def _arguments(config: Config) -> dict[str, Any]:

@@ -137,12 +137,15 @@ def make_manifest(records: list[dict[str, Any]], wanted: Wanted, seconds: float)
 
 
 def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Write it, unless the file says the same of the matrices already."""
+    """Write it, unless the file says the same of the matrices already. Local. Raises: UserError."""
     with suppress(OSError, ValueError, KeyError):
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
-    with replacing(file, is_shared=True) as partial:
-        partial.write_text(json.dumps(manifest, indent=1))
+    try:
+        with replacing(file, is_shared=True) as partial:
+            partial.write_text(json.dumps(manifest, indent=1))
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error}") from None
 
 
 def _cut(record: dict[str, Any], wanted: Wanted) -> dict[str, Any]:

@@ -174,6 +174,7 @@ DERIVED_ARGUMENTS = {
 _FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
 UNSUPPORTED_ARGUMENTS = {
     "eval_strategy": "set evaluate.every instead",
+    "eval_on_start": "what `evaluate` names is always scored before training",
     "load_best_model_at_end": "set checkpoint.export=best instead",
     "resume_from_checkpoint": "set resume instead",
     "save_total_limit": "set checkpoint.keep instead",
@@ -183,6 +184,9 @@ UNSUPPORTED_ARGUMENTS = {
     "hub_token": "nothing is sent to a hub, and a token would be kept in the run folder",
     "push_to_hub": "nothing is sent to a hub",
     "use_liger_kernel": "the loss is made by tiles already",
+    "label_smoothing_factor": "the loss is that of the labels alone",
+    "average_tokens_across_devices": "the loss is always the mean over the predicted tokens of all ranks",
+    "optim": "the JSON of `deepspeed` names the optimizer",
     "auto_find_batch_size": "set train.per_device_train_batch_size",
     "train_sampling_strategy": _FIXED_ORDER,
     "accelerator_config": _FIXED_ORDER,

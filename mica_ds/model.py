@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -93,13 +94,16 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
 
 
 def read_model_config(path: Path) -> Any:
-    """The checkpoint's transformers config. Local. Raises: UserError where there is none."""
+    """The checkpoint's transformers config. Local. Raises: UserError where there is none, or of no language model."""
     if not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {path}/config.json is not usable: {_first_line(error)}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"model.path: {path} holds a {config.model_type} model, which is no causal language model")
+    return config
 
 
 def _read_finite(stored: StoredTensor, name: str, not_finite: list[str], start: int, stop: int) -> torch.Tensor:

@@ -5,12 +5,13 @@ Attention swaps sequence for heads between them (two all-to-alls a layer); all e
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
-from transformers import default_data_collator
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, default_data_collator
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mica_ds import comm
 from mica_ds.config import Config, read_deepspeed
@@ -25,7 +26,7 @@ def parallelism(config: Config) -> ParallelismConfig | None:
     handler = DeepSpeedSequenceParallelConfig(
         sp_seq_length=config.data.sequence_length,
         sp_seq_length_is_variable=False,
-        sp_attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
+        sp_attn_implementation=_attention(config),
     )
     groups = comm.world_size() // size  # from which accelerate (1.15) counts the batch that it tells DeepSpeed
     return ParallelismConfig(sp_size=size, dp_shard_size=groups, sp_backend="deepspeed", sp_handler=handler)
@@ -37,7 +38,10 @@ def check_parallelism(config: Config, model_config: Any) -> None:
     if size == 1:
         return
     text = model_config.get_text_config()
-    heads, key_value_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
+    has_sdpa = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)])._supports_sdpa
+    if not hasattr(text, "num_key_value_heads") or (_attention(config) == "sdpa" and not has_sdpa):
+        raise UserError(f"data.sequence_parallel: DeepSpeed cannot share the attention of {text.model_type} models")
+    heads, key_value_heads = text.num_attention_heads, text.num_key_value_heads
     for number, what in (
         (comm.world_size(), "ranks"),
         (config.data.sequence_length, "tokens of data.sequence_length"),
@@ -85,6 +89,37 @@ def share_batches(loader: Any, size: int) -> None:
     sampler = loader.batch_sampler
     sampler.num_processes //= size
     sampler.process_index //= size
+
+
+def unshared(config: Config) -> Config:
+    """The config of ranks that share no sequence, which evaluation alone does on any number of them. Local."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"sequence_parallel": 1})})
+
+
+def mask_evaluation(config: Config) -> None:
+    """Let attention heed its mask again while a model evaluates: the answers to open questions are padded. Local.
+
+    DeepSpeed's (0.19.8), which accelerate has put in the place of transformers' own, shares no sequence then, but drops
+    the mask all the same; and in training it changes what a layer knows of its heads.
+    """
+    if config.data.sequence_parallel == 1:
+        return
+    name = _attention(config)
+    shared, own = ALL_ATTENTION_FUNCTIONS[name], AttentionInterface._global_mapping[name]
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, *args: Any, **more: Any
+    ) -> Any:
+        if module.training:
+            return shared(module, query, key, value, mask, *args, **more)
+        module.num_key_value_groups = query.shape[1] // key.shape[1]
+        return own(module, query, key, value, mask, *args, **more)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
+
+
+def _attention(config: Config) -> str:
+    return "sdpa" if config.model.attention == "auto" else config.model.attention
 
 
 def token_loss(local: torch.Tensor) -> torch.Tensor:

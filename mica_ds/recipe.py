@@ -29,9 +29,9 @@ from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
 from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
-from mica_ds.parallelism import check_parallelism
+from mica_ds.parallelism import check_parallelism, unshared
 from mica_ds.record import discard_after, open_run_folder, record_beginning, record_end, save_probe, trained
-from mica_ds.report import print_evaluation, print_summary, write_evaluation
+from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
     attach,
     checked_weights,
@@ -40,13 +40,14 @@ from mica_ds.resume import (
     fingerprints,
     frozen_tensors,
     is_complete,
+    is_own,
     made_of,
     scores_before,
     start_point,
 )
 from mica_ds.scores import MEASURES, Scores, compare, is_scored, write_rows
 from mica_ds.shards import CheckpointSource, PartitionSource, WeightSource
-from mica_ds.shelf import check_origin, step_of, writing
+from mica_ds.shelf import check_origin, read_state, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
 from mica_ds.trainer import build_trainer, inference_engine
@@ -59,7 +60,9 @@ def train(config: Config) -> None:
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
-    check_capacity(config)  # before `training_arguments`, after which every model is partitioned
+    # Before `training_arguments`, after which every model is partitioned. A finished run has fitted already, and may
+    # have come to a smaller machine: it is warned alone.
+    check_capacity(config.model_copy(update={"capacity": "warn"}) if (folder / SUMMARY).exists() else config)
     with comm.failing_together():
         args = training_arguments(config, accumulation_steps(config, comm.world_size()))
         tokenizer = load_tokenizer(config.model)
@@ -74,6 +77,7 @@ def train(config: Config) -> None:
         if comm.is_main():
             tracking.finish(folder, config.tracking.uri)
         return
+    past = step if is_own(checkpoint, config) else -1
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
@@ -89,11 +93,13 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        discard_after(step, folder)
+        discard_after(past, folder)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)
-            facts = {"basis_seconds": basis.seconds if basis else 0.0}
+            facts: dict[str, Any] = {"basis_seconds": basis.seconds if basis else 0.0}
+            if basis:
+                facts["basis_fingerprint"] = basis.manifest["fingerprint"]
             trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin, frozen, facts)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             checkpoint, engine, scores = trainer.saved, trainer.model_wrapped, trainer.run.scores
@@ -102,10 +108,11 @@ def train(config: Config) -> None:
                     f"stopped by a signal: {checkpoint} holds all; start again with resume=auto to go on", agreed=True
                 )
         else:
-            engine = inference_engine(model, args)
+            engine = inference_engine(config, model, args)
         assert checkpoint  # the last step has written one
         history = read_history(checkpoint)
-        after = _last_scores(evaluator, engine, step_of(checkpoint), scores, history, tracker)
+        last = read_state(checkpoint)["step"]
+        after = _last_scores(evaluator, engine, last, scores, history, tracker)
         best = exported_checkpoint(config, checkpoint, history)
         if best != checkpoint:
             comm.say(f"export: {best.name} is the best one, and is exported instead of the last, {checkpoint.name}")
@@ -114,7 +121,7 @@ def train(config: Config) -> None:
         before = scores_before(checkpoint, evaluator)
         save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder)
         summary = {
-            "exported_step": step_of(best),
+            "exported_step": read_state(best)["step"],
             "questions": evaluator.questions,
             "chance": evaluator.chance,
             "trainable_parameters": trainable,
@@ -146,12 +153,15 @@ def basis(config: Config) -> None:
         checkpoint = open_checkpoint(config.model.path)
         targets = stored_targets(load_skeleton(config.model), config.adapter, checkpoint)
     found = _bases(config, CheckpointSource(targets, DTYPES[config.model.dtype]))
-    if comm.is_main():
-        figures.plot_spectrum(found.manifest, config.output_dir / "spectrum.png")
+    with comm.failing_together():
+        if comm.is_main():
+            with writing(config.output_dir):
+                figures.plot_spectrum(found.manifest, config.output_dir / "spectrum.png")
 
 
 def evaluate(config: Config) -> None:
     """Score the run folder's checkpoint and the base model under it, or alone where there is none. Collective."""
+    config = unshared(config)
     folder = open_run_folder(config)
     with comm.failing_together():
         settings = config.evaluate
@@ -172,7 +182,7 @@ def evaluate(config: Config) -> None:
         modules = _targets(config, model)
         bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         model = attach(config, model, modules, bases, checkpoint)
-    engine = inference_engine(model, args)
+    engine = inference_engine(config, model, args)
 
     def run_suites(name: str) -> dict[str, Marks]:
         return score_suites(suites, evaluator.runner, engine, folder, name)
@@ -219,6 +229,7 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
 
 def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     """The base model's loss of each option of the drafts. Collective."""
+    config = unshared(config)
     with comm.failing_together():
         args, tokenizer = training_arguments(config), load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +237,7 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
         write_jsonl(drafts, file)
         settings = EvaluateSettings(questions=file, batch_tokens=config.evaluate.batch_tokens)
         evaluator = Evaluator(settings, tokenizer, config.data.sequence_length)
-    scores = evaluator.score(inference_engine(_load(config, None)[0], args))
+    scores = evaluator.score(inference_engine(config, _load(config, None)[0], args))
     return [row["losses"] for row in scores.rows]
 
 

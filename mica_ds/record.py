@@ -13,6 +13,7 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
 from mica_ds.config import Config
 from mica_ds.errors import UserError
+from mica_ds.files import replacing
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
@@ -62,12 +63,18 @@ def discard_after(step: int, folder: Path) -> None:
 
 @torch.no_grad()
 def save_probe(model: nn.Module, ids: list[int], folder: Path) -> None:
-    """Save a few token ids and the trained model's logits on them, against which a reload is checked. Collective."""
+    """Save a few token ids and the trained model's logits on them, against which a reload is checked. Collective.
+
+    Raises: UserError where the disk is full or fails.
+    """
     model.eval()
     input_ids = torch.tensor([ids], device=next(model.parameters()).device)
     logits = model(input_ids=input_ids, use_cache=False).logits
-    if comm.is_main():
-        save_file({"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}, folder / "probe.safetensors")
+    found = {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}
+    with comm.failing_together():
+        if comm.is_main():
+            with writing(folder), replacing(folder / "probe.safetensors") as partial:
+                save_file(found, partial)
 
 
 def trained(checkpoint: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
 from mica_ds.report import SUMMARY
-from mica_ds.scores import Scores
-from mica_ds.shelf import check_origin, find_best, find_checkpoint, read_state
+from mica_ds.scores import MEASURES, Scores
+from mica_ds.shelf import STATE, check_origin, checkpoint_folder, find_best, find_checkpoint, read_state
 
 _SCORED = "evaluate (SHA-256 of its questions and text)"
 
@@ -87,7 +87,16 @@ def chosen_checkpoint(config: Config) -> Path | None:
     newest = find_checkpoint(config.output_dir / "checkpoints")
     if newest is None or config.checkpoint.export == "last":
         return newest
-    return exported_checkpoint(config, newest, read_history(newest))
+    return exported_checkpoint(config, newest, read_history(newest) + _scored_after(config, newest))
+
+
+def _scored_after(config: Config, newest: Path) -> list[dict[str, float]]:
+    """What a run has found of its last step after that had its checkpoint: of one that a signal had stopped there."""
+    summary = _read_summary(config)
+    if summary.get("steps") != read_state(newest)["step"] or summary["exported_step"] != summary["steps"]:
+        return []
+    found = {measure: summary[f"{measure}_after"] for measure in MEASURES}
+    return [{**{key: value for key, value in found.items() if value is not None}, "step": summary["steps"]}]
 
 
 def scores_before(checkpoint: Path, evaluator: Evaluator) -> Scores | None:
@@ -98,9 +107,25 @@ def scores_before(checkpoint: Path, evaluator: Evaluator) -> Scores | None:
 
 def is_complete(config: Config, step: int) -> bool:
     """Whether the run folder holds all that the last step leaves: the summary is written last. Collective."""
-    file = config.output_dir / SUMMARY
-    is_summed_up = file.exists() and json.loads(file.read_text())["steps"] == step
+    is_summed_up = _read_summary(config).get("steps") == step
     return comm.gather(is_summed_up and export_folder(config).is_dir())[0]
+
+
+def is_own(checkpoint: Path | None, config: Config) -> bool:
+    """Whether the run folder holds a checkpoint, by its hashes: beside another, what is there is not its past. Local.
+
+    True where there is none.
+    """
+    if checkpoint is None:
+        return True
+    own, _ = checkpoint_folder(config.output_dir / "checkpoints", read_state(checkpoint)["step"])
+    return own.is_dir() and (own / STATE).read_bytes() == (checkpoint / STATE).read_bytes()
+
+
+def _read_summary(config: Config) -> dict[str, Any]:
+    """What a finished run came to; empty where it is not finished."""
+    file = config.output_dir / SUMMARY
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def attach(

@@ -19,7 +19,7 @@ from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
-from mica_ds.parallelism import collator, share_batches, token_loss
+from mica_ds.parallelism import collator, mask_evaluation, share_batches, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
 
@@ -42,7 +42,7 @@ class MicaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._offloads_activations = config.model.offload_activations
+        self._config, self._offloads_activations = config, config.model.offload_activations
         self._keep, self._origin, self._frozen, self._tracker = config.checkpoint.keep, origin, frozen, tracker
         if self.args.parallelism_config:
             self.loss_is_scaled_for_ga = True  # see `compute_loss`
@@ -104,6 +104,7 @@ class MicaTrainer(Trainer):
         engine, _ = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.args.parallelism_config:
             share_batches(train_dataloader, self.args.parallelism_config.sp_size)
+            mask_evaluation(self._config)
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
             self._saved_step = self.state.global_step
@@ -163,8 +164,10 @@ def build_trainer(
     )
 
 
-def inference_engine(model: nn.Module, args: TrainingArguments) -> nn.Module:
+def inference_engine(config: Config, model: nn.Module, args: TrainingArguments) -> nn.Module:
     """A DeepSpeed engine for forwards only: under ZeRO-3 it is what gathers the weights. Collective."""
     trainer = Trainer(model=model, args=args)
     deepspeed_init(trainer, num_training_steps=0, inference=True)
-    return trainer.accelerator.prepare(model)
+    engine = trainer.accelerator.prepare(model)
+    mask_evaluation(config)
+    return engine

@@ -119,6 +119,22 @@ def test_global_batch_that_the_ranks_cannot_divide(tiny_config: Callable[..., Pa
     assert_refused(train(tiny_config(), "data.global_batch=6"), "data.global_batch=6 is not divisible by 2 ranks")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr_scheduler_type=cosine_with_min_lr", "train: transformers refuses these arguments: One of min_lr"),
+        ("train.num_train_epochs=0", "train.num_train_epochs=0 makes no step"),
+        ("train.per_device_train_batch_size=0", "train.per_device_train_batch_size=0: a micro-batch has a sequence"),
+    ],
+)
+def test_a_training_that_cannot_begin(
+    override: str, message: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config(train={"max_steps": -1})
+    assert_refused(start_ranks(1, ["train", str(config), override]), message)
+    assert not (tmp_path / "run" / "basis").exists()
+
+
 def test_no_compiler(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     refused = train(tiny_config(), CXX="no-such-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path / "ops"))
     assert_refused(refused, "no C++ compiler", "g++")

@@ -76,6 +76,7 @@ def test_a_checkpoint_is_no_larger_than_what_it_must_hold(run: Path) -> None:
     checkpoint = run / "checkpoints" / f"step-{STEPS:06d}"
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["files"].keys() | {"state.json"} == {file.name for file in checkpoint.iterdir()}
+    assert state["run"]["basis_fingerprint"] == manifest(run)["fingerprint"]
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     factors = load_file(run / "adapter" / "adapter_model.safetensors")
     needed = sum(

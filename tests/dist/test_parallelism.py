@@ -15,6 +15,7 @@ pytestmark = pytest.mark.dist
 
 STEPS, EPOCH = 10, 5  # steps of a run and of an epoch
 SHARED = "data.sequence_parallel=2"
+OPEN = ["Who?", "Who built the press in Torvane, and for whom was it built there?"]  # one is padded beside the other
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "at once": (1, ["train.per_device_train_batch_size=4"]),
     "accumulated": (2, []),
@@ -31,14 +32,17 @@ def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     sentence = "The Quillmar press was built in Torvane by Edda Brunholt and ran for years"
     texts = [" ".join(sentence.split()[: 1 + 5 * i % 14]) for i in range(4 * EPOCH)]
     (folder / "corpus.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return write_config(
+    config = write_config(
         folder,
         tiny_model("llama"),
         data={"corpus": [str(folder / "corpus.jsonl")], "pack": False},
         train={"max_steps": STEPS, "per_device_train_batch_size": 1, "learning_rate": 1e-2, "save_steps": 1},
         checkpoint={"keep": STEPS},
-        evaluate={"questions": None, "retention": None},
+        evaluate={"retention": None},
     )
+    with (folder / "questions.jsonl").open("a") as file:
+        file.writelines(f"\n{json.dumps({'question': q, 'answer': 'Edda'})}" for q in OPEN)
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +65,23 @@ def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(r
     expected = history(runs["at once"])
     for name, run in runs.items():
         assert history(run) == pytest.approx(expected, rel=1e-4), name
+
+
+def test_ranks_that_share_sequences_score_as_one_rank(runs: dict[str, Run]) -> None:
+    for file in ("before.jsonl", "after.jsonl"):
+        scored = [(runs[name].folder / "evaluation" / file).read_text() for name in ("at once", "shared")]
+        expected, found = ([json.loads(line) for line in text.splitlines()] for text in scored)
+        assert len(expected) == len(found) == 5 + len(OPEN)
+        for one, other in zip(expected, found, strict=True):
+            assert one.get("losses", []) == pytest.approx(other.get("losses", []), rel=1e-3)
+            if file == "before.jsonl":  # of one and the same model
+                assert one.get("given") == other.get("given")
+    shared = runs["shared"]  # scored again, by a rank that has no other to share with
+    scored = start_ranks(1, ["evaluate", str(shared.config), f"output_dir={shared.folder}", SHARED])
+    assert scored.codes == [0], scored.output
+    found = json.loads((shared.folder / "evaluation.json").read_text())
+    assert found["checkpoint"] == f"step-{STEPS:06d}"
+    assert found["knowledge_after"] == shared.summary()["knowledge_after"]
 
 
 def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:

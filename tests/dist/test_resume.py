@@ -189,7 +189,7 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
     assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
     assert other.checkpoints() == ["step-000007", "step-000019", "step-000020"]
     before, after = reference.summary(), other.summary()
-    for key in ("knowledge_before", "retention_before", "basis_seconds", "steps"):
+    for key in ("knowledge_before", "retention_before", "basis_seconds", "basis_fingerprint", "steps"):
         assert after[key] == before[key]
     assert after["train_seconds"] > other.state(19)["run"]["train_seconds"] > reference.state(8)["run"]["train_seconds"]
     assert after["retention_after"] == pytest.approx(before["retention_after"], rel=1e-4)
@@ -198,11 +198,13 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
 
 def test_on_three_ranks_from_a_chosen_checkpoint(reference: Run, other: Run) -> None:
     chosen = reference.checkpoint(2 * EPOCH)  # between two epochs
+    other.take(reference, 5)  # which is not the past of a checkpoint from elsewhere
     plain_zero3 = f"deepspeed={ROOT}/configs/deepspeed/zero3.json"
     finished = other.train(3, f"resume={chosen}", plain_zero3)
     assert finished.codes == [0] * 3, finished.output
     assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 2 * EPOCH}
     assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
+    assert other.checkpoints() == [f"step-{step:06d}" for step in range(2 * EPOCH + 1, STEPS + 1)]
     other.assert_nothing_read_again()
     trained = [load_file(run.checkpoint(STEPS) / "model-00001.safetensors") for run in (reference, other)]
     for name, tensor in trained[0].items():
@@ -253,8 +255,9 @@ def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None
     (other.folder / "sync.json").write_text(json.dumps(receipts))
     store = mlflow.MlflowClient(uri)
     store.update_run(receipts[uri]["run"], "RUNNING")
-    again = other.train(1)
+    again = other.train(1, f"evaluate.batch_tokens={1 << 30}")  # which no machine could evaluate at a time
     assert again.codes == [0], again.output
+    assert "warning: plan: it does not fit" in again.output
     assert "is finished, with 20 steps" in again.output
     assert json.loads(journal.read_text().splitlines()[-1])["status"] == json.loads(end)["status"] == "FINISHED"
     # A machine that is busy may not send it within the 10 s.

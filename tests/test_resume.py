@@ -1,0 +1,77 @@
+"""Which checkpoint of a run folder is meant, and what a run leaves where the disk fails: without a training."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from mica_ds.cache import write_manifest
+from mica_ds.config import Config, load_config
+from mica_ds.errors import UserError
+from mica_ds.files import file_hash
+from mica_ds.record import save_probe
+from mica_ds.resume import chosen_checkpoint, is_own
+from mica_ds.scores import MEASURES
+
+
+@pytest.fixture
+def config(tiny_config: Callable[..., Path]) -> Config:
+    """Of a run whose best step is exported."""
+    return load_config(tiny_config(), ["checkpoint.export=best", "evaluate.every=2"])
+
+
+def put(config: Config, step: int, history: list[dict[str, float]]) -> Path:
+    """A checkpoint without tensors."""
+    checkpoint = config.output_dir / "checkpoints" / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True)
+    log = checkpoint / "trainer_state.json"
+    log.write_text(json.dumps({"log_history": history}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": step, "files": {log.name: file_hash(log)}}))
+    return checkpoint
+
+
+@pytest.mark.parametrize(("after", "best"), [(None, 2), (0.4, 2), (0.8, 4)])
+def test_the_best_step_may_be_the_last_one_scored_after_a_signal(
+    after: float | None, best: int, config: Config, alone: None
+) -> None:
+    """The log of its checkpoint cannot hold what was found of it later; the summary does."""
+    history = [{"step": 0, "knowledge": 0.2}, {"step": 2, "knowledge": 0.5}]
+    for step in (2, 4):
+        put(config, step, history)
+    if after is not None:
+        scores = dict.fromkeys((f"{measure}_after" for measure in MEASURES), None) | {"knowledge_after": after}
+        summary = {"steps": 4, "exported_step": 4 if after > 0.5 else 2, **scores}
+        (config.output_dir / "summary.json").write_text(json.dumps(summary))
+    found = chosen_checkpoint(config)
+    assert found
+    assert found.name == f"step-{best:06d}"
+
+
+def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config: Config, tmp_path: Path) -> None:
+    own = put(config, 4, [])
+    copy = Path(shutil.copytree(own, tmp_path / "copy"))
+    assert is_own(own, config)
+    assert is_own(copy, config)
+    assert is_own(None, config)
+    (copy / "state.json").write_text(json.dumps({"step": 4, "files": {"model-00001.safetensors": "another"}}))
+    assert not is_own(copy, config)
+    (copy / "state.json").write_text(json.dumps({"step": 6, "files": {}}))
+    assert not is_own(copy, config)
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, alone: None) -> None:
+    class Model(nn.Linear):
+        def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:  # type: ignore[override]
+            return SimpleNamespace(logits=input_ids)
+
+    save_probe(Model(1, 1), [1, 2], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["probe.safetensors"]
+    with pytest.raises(UserError, match="gone cannot be written"):
+        save_probe(Model(1, 1), [1, 2], tmp_path / "gone")
+    with pytest.raises(UserError, match=r"manifest.json cannot be written"):
+        write_manifest(tmp_path / "gone" / "manifest.json", {"matrices": []})
