@@ -27,7 +27,7 @@ from mica_ds.errors import UserError
 from mica_ds.files import abandoned, locked, partial
 from mica_ds.workers import encode_files
 
-_VERSION = 1
+_VERSION = 2
 """Of what an entry holds: another one makes all entries anew."""
 _MANIFEST = "manifest.json"
 _COLUMNS = {  # the files of an entry
