@@ -1,5 +1,7 @@
 """Documents out of files: what a source holds, and its texts, a part at a time."""
 
+import bisect
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ PDF = 10
 _DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets leaves in a folder
 _SPLITS = "dataset_dict.json"
 _BYTES = 8 << 20  # of a jsonl file that are read at once
+_GROUP = 32 << 20  # bytes of a parquet's row group; for each part it is decoded from its start, so not fewer
 _ROWS = 1000  # of a saved dataset, and at a time of a parquet file
 
 
@@ -27,7 +30,7 @@ class Part:
     file: Path
     """Or the folder of a saved dataset."""
     start: int = 0
-    """Of jsonl the byte in or before the first line, of parquet the row group, of a dataset the row."""
+    """Of jsonl the byte in or before the first line, of parquet and a dataset the row."""
     stop: int = 0
 
 
@@ -102,7 +105,7 @@ def split(file: Path) -> list[Part]:
             size = file.stat().st_size
             return [Part(file, start, start + _BYTES) for start in range(0, size, _BYTES)]
         if file.suffix.lower() == ".parquet":
-            return [Part(file, group, group + 1) for group in range(_open_parquet(file).num_row_groups)]
+            return list(_parquet_parts(file))
     except Exception:
         return [Part(file)]  # whose reading tells what is wrong
     return [Part(file)]
@@ -222,16 +225,29 @@ def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
                 yield place, Broken(place, "is not JSON")
 
 
+def _parquet_parts(file: Path) -> Iterator[Part]:
+    """A row group each, or some of its rows: writers may put all rows into one."""
+    described, first = _open_parquet(file).metadata, 0
+    for group in map(described.row_group, range(described.num_row_groups)):
+        rows = range(first, first + group.num_rows, max(1, group.num_rows * _GROUP // max(group.total_byte_size, 1)))
+        yield from (Part(file, start, min(start + rows.step, rows.stop)) for start in rows)
+        first = rows.stop
+
+
 def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
     file = _open_parquet(part.file)
     if not {"text", "messages"} & set(file.schema_arrow.names):
         raise UnusableError('has no column "text" or "messages"')
     columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-    place = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-    for batch in file.iter_batches(_ROWS, row_groups=range(part.start, part.stop), columns=columns):
-        for row in batch.to_pylist():
-            yield place, row
-            place += 1
+    ends = list(itertools.accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+    group = bisect.bisect_right(ends, part.start)
+    first = ends[group - 1] if group else 0
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+        rows = range(max(first, part.start), min(first + len(batch), part.stop))
+        yield from zip(rows, batch.slice(rows.start - first, len(rows)).to_pylist() if rows else [], strict=True)
+        first += len(batch)
+        if first >= part.stop:
+            return
 
 
 def _dataset_rows(part: Part) -> Iterator[tuple[int, Any]]:

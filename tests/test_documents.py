@@ -125,7 +125,7 @@ def test_every_line_is_read_once_however_a_file_is_split(
     assert [isinstance(each, Broken) for each in found] == [line == "{" for line in lines if line]
 
 
-def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path) -> None:
+def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(2500)]
     rows[2100]["text"] = None
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1200)
@@ -138,3 +138,9 @@ def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path) -> None
         (broken,) = [document for document in found if isinstance(document, Broken)]
         assert where(file, broken.place) == f"{file}, row 2101"
         assert broken.reason == 'has no "text"'
+    whole = [each for part in split(tmp_path / "a.parquet") for each in read(part)]
+    monkeypatch.setattr(documents, "_GROUP", 3000)  # bytes: a few hundred rows, and batches in the midst of parts
+    monkeypatch.setattr(documents, "_ROWS", 97)
+    parts = split(tmp_path / "a.parquet")
+    assert max(part.stop - part.start for part in parts) < 400
+    assert [each for part in parts for each in read(part)] == whole
