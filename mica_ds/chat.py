@@ -1,6 +1,5 @@
 """Chats to token ids, of which the answers alone are learnt."""
 
-import os
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from mica_ds.errors import UserError
 
 _ANSWERS = "assistant"
-_OTHER = "\ue000"  # what no answer begins with
+_OTHER = "\ue000"  # what no template writes
 
 
 class ChatError(ValueError):
@@ -41,7 +40,7 @@ def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list
             if i:
                 before = _render(messages[:i], tokenizer, add_generation_prompt=True)
             else:
-                before = os.path.commonprefix([after, _render([{**message, "content": _OTHER}], tokenizer)])
+                before = _render([{**message, "content": _OTHER}], tokenizer).partition(_OTHER)[0]
             if not (text.startswith(after) and after.startswith(before)):
                 raise ChatError(f"cannot be split: the chat template changes message {i + 1} where more follow")
             answers.append(range(len(before), len(after)))

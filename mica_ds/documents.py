@@ -4,10 +4,10 @@ import bisect
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mica_ds.chat import ChatError, chat_text
 from mica_ds.errors import UserError
@@ -55,9 +55,12 @@ class Broken:
 
 def find_files(source: Path, key: str) -> list[Path]:
     """The files and saved datasets that a source means. Local. Raises: UserError where there are none."""
-    if not source.exists():
-        raise UserError(f"{key}: {source} does not exist")
-    found = source_files(source)
+    try:
+        if not source.exists():
+            raise UserError(f"{key}: {source} does not exist")
+        found = source_files(source, _refuse)
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
     if not found:
         raise UserError(f"{key}: {source} holds no file that ends in {', '.join(ENDINGS)}, and is no saved dataset")
     for file in found:
@@ -69,21 +72,31 @@ def find_files(source: Path, key: str) -> list[Path]:
     return found
 
 
-def source_files(source: Path) -> list[Path]:
+def source_files(source: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
     """The files that a source means: itself, or of a folder those that can be read, sorted. Local.
 
-    The folder of a saved dataset stands for its files.
+    The folder of a saved dataset stands for its files. Links to folders are followed, but none is entered twice.
+    `on_error` is called where a folder cannot be listed, which is left out otherwise.
     """
     if not source.is_dir() or _is_dataset(source):
         return [source]
-    found = []
-    for name, folders, files in os.walk(source):
+    found, seen = [], set()
+    for name, folders, files in os.walk(source, onerror=on_error, followlinks=True):
         folder = Path(name)
+        if (real := folder.resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         datasets = [inner for inner in folders if _is_dataset(folder / inner)]
         found += [folder / inner for inner in datasets]
         folders[:] = [inner for inner in folders if inner not in datasets]
         found += [folder / file for file in files if Path(file).suffix.lower() in ENDINGS]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def stored_files(file: Path) -> list[Path]:

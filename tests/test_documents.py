@@ -1,5 +1,6 @@
 """Reading documents: every format, and what is wrong with them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_sources_that_are_no_texts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="splits holds a dataset's splits; name one of them: test, train"):
         read_documents([tmp_path / "splits"], "data.replay")
     assert read_documents([tmp_path / "splits" / "test"], "data.replay") == ["x"]
+
+
+def test_no_folder_is_left_out_unsaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linked ones are read, but not again and again; one that cannot be read is named."""
+    inner = tmp_path / "source" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "a.txt").write_text("first")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("second")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "source")
+    (inner / "linked").symlink_to(tmp_path / "elsewhere")
+    (inner / "loop").symlink_to(tmp_path / "source")
+    assert read_documents([tmp_path / "source"], "data.corpus") == ["first", "second"]
+    scandir = os.scandir
+
+    def denying(folder: Any) -> Any:
+        if Path(folder) == inner:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denying)
+    with pytest.raises(UserError, match=rf"data\.corpus: {inner} cannot be read: Permission denied"):
+        find_files(tmp_path / "source", "data.corpus")
 
 
 @given(lines=st.lists(st.sampled_from(["{", "", '{"text": "äö"}', '{"text": "a long one"}']), max_size=30))
