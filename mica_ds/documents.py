@@ -190,14 +190,14 @@ def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:
     """The rows of a jsonl file, each with where it stands (`FILE, line N`). Local. Raises: UserError."""
     rows = []
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 rows.append((f"{file}, line {number}", json.loads(line)))
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{key}: {file} is not UTF-8 text") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of what is nested too deep
         raise UserError(f"{key}: {file}, line {number} is not JSON") from None
     return rows
 
@@ -234,7 +234,7 @@ def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
                     yield place, json.loads(text)
             except UnicodeDecodeError:
                 yield place, Broken(place, "is not UTF-8 text")
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter of what is nested too deep
                 yield place, Broken(place, "is not JSON")
 
 

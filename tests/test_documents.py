@@ -72,6 +72,7 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', 'a.jsonl, line 2 has no "text"'),
         ("a.jsonl", b'{"text": "x"}\n\n{', "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 9999, "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl, line 1 is not UTF-8 text"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl, line 1 is malformed: message 1"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl, line 1 has no answer"),
