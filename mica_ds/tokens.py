@@ -129,6 +129,8 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
             unfinished.mkdir(exist_ok=True)
             try:
                 _write(unfinished, files, key, tokenizer, may_skip)
+                if _entry(files, tokenizer, folder.parent) != folder.name:
+                    raise UserError(f"{key}: a file was changed while it was read; start again when all are written")
                 os.replace(unfinished, folder)
             except OSError:
                 if not _is_whole(folder):  # without locks, another job may have been faster

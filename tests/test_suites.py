@@ -18,6 +18,12 @@ from .suites import write_hellaswag, write_mmlu, write_truthfulqa
 lm_eval = pytest.importorskip("lm_eval", reason="install mica_ds[suites]")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What datasets converts stays here: it knows a repository by its README.md, whatever its files hold."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 def test_a_suite_is_marked_as_lm_eval_itself_does(
     alone: None, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
