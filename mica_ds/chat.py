@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from mica_ds.errors import UserError
 
 _ANSWERS = "assistant"
+_OTHER = "\ue000"  # what no template writes
 
 
 class ChatError(ValueError):
@@ -17,7 +18,8 @@ class ChatError(ValueError):
 def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """The token ids of a chat in the tokenizer's template, and which of them belong to an answer. Local.
 
-    An answer reaches from where the template asks for it to the end of its turn, with the token that ends it.
+    An answer reaches from where the template asks for it to the end of its turn, with the token that ends it; one that
+    begins the chat, for which nothing asks, from its own first character.
 
     Args:
         messages: a list of `{"role": …, "content": …}`.
@@ -34,8 +36,11 @@ def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list
     answers = []
     for i, message in enumerate(messages):
         if message["role"] == _ANSWERS:
-            before = _render(messages[:i], tokenizer, add_generation_prompt=True)
             after = _render(messages[: i + 1], tokenizer)
+            if i:
+                before = _render(messages[:i], tokenizer, add_generation_prompt=True)
+            else:
+                before = _render([{**message, "content": _OTHER}], tokenizer).partition(_OTHER)[0]
             if not (text.startswith(after) and after.startswith(before)):
                 raise ChatError(f"cannot be split: the chat template changes message {i + 1} where more follow")
             answers.append(range(len(before), len(after)))
@@ -66,6 +71,6 @@ def _check(messages: Any) -> None:
 
 def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options)) if messages else ""
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except (TemplateError, TypeError, ValueError) as error:
         raise ChatError(f"is refused by the chat template: {error}") from None

@@ -100,9 +100,9 @@ class EvaluateSettings(Section):
     questions: Path | None = None
     """Jsonl: `question`, `options`, `answer` (an index); or, open, `question`, `answer` (a text or accepted ones)."""
     domain: Path | None = None
-    """Held-out text of the documents' own kind (.txt, .md or .jsonl) whose perplexity shows learning."""
+    """Held-out text of the documents' own kind, a source as in `data.corpus`, whose perplexity shows learning."""
     retention: Path | None = None
-    """Held-out general text (.txt, .md or .jsonl) whose perplexity shows forgetting."""
+    """Held-out general text, a source as in `data.corpus`, whose perplexity shows forgetting."""
     suites: list[str] = Field(default=[])
     """lm-eval's names of standard suites (hellaswag, truthfulqa_mc1, mmlu, …) that `mica-ds evaluate` runs besides."""
     suites_data: Path | None = None

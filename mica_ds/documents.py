@@ -1,11 +1,13 @@
 """Documents out of files: what a source holds, and its texts, a part at a time."""
 
+import bisect
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mica_ds.chat import ChatError, chat_text
 from mica_ds.errors import UserError
@@ -17,6 +19,7 @@ PDF = 10
 _DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets leaves in a folder
 _SPLITS = "dataset_dict.json"
 _BYTES = 8 << 20  # of a jsonl file that are read at once
+_GROUP = 32 << 20  # bytes of a parquet's row group; for each part it is decoded from its start, so not fewer
 _ROWS = 1000  # of a saved dataset, and at a time of a parquet file
 
 
@@ -27,7 +30,7 @@ class Part:
     file: Path
     """Or the folder of a saved dataset."""
     start: int = 0
-    """Of jsonl the byte in or before the first line, of parquet the row group, of a dataset the row."""
+    """Of jsonl the byte in or before the first line, of parquet and a dataset the row."""
     stop: int = 0
 
 
@@ -52,9 +55,12 @@ class Broken:
 
 def find_files(source: Path, key: str) -> list[Path]:
     """The files and saved datasets that a source means. Local. Raises: UserError where there are none."""
-    if not source.exists():
-        raise UserError(f"{key}: {source} does not exist")
-    found = source_files(source)
+    try:
+        if not source.exists():
+            raise UserError(f"{key}: {source} does not exist")
+        found = source_files(source, _refuse)
+    except OSError as error:
+        raise UserError(f"{key}: {error.filename} cannot be read: {error.strerror}") from None
     if not found:
         raise UserError(f"{key}: {source} holds no file that ends in {', '.join(ENDINGS)}, and is no saved dataset")
     for file in found:
@@ -66,21 +72,31 @@ def find_files(source: Path, key: str) -> list[Path]:
     return found
 
 
-def source_files(source: Path) -> list[Path]:
+def source_files(source: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
     """The files that a source means: itself, or of a folder those that can be read, sorted. Local.
 
-    The folder of a saved dataset stands for its files.
+    The folder of a saved dataset stands for its files. Links to folders are followed, but none is entered twice.
+    `on_error` is called where a folder cannot be listed, which is left out otherwise.
     """
     if not source.is_dir() or _is_dataset(source):
         return [source]
-    found = []
-    for name, folders, files in os.walk(source):
+    found, seen = [], set()
+    for name, folders, files in os.walk(source, onerror=on_error, followlinks=True):
         folder = Path(name)
+        if (real := folder.resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
         datasets = [inner for inner in folders if _is_dataset(folder / inner)]
         found += [folder / inner for inner in datasets]
         folders[:] = [inner for inner in folders if inner not in datasets]
         found += [folder / file for file in files if Path(file).suffix.lower() in ENDINGS]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise error
 
 
 def stored_files(file: Path) -> list[Path]:
@@ -102,7 +118,7 @@ def split(file: Path) -> list[Part]:
             size = file.stat().st_size
             return [Part(file, start, start + _BYTES) for start in range(0, size, _BYTES)]
         if file.suffix.lower() == ".parquet":
-            return [Part(file, group, group + 1) for group in range(_open_parquet(file).num_row_groups)]
+            return list(_parquet_parts(file))
     except Exception:
         return [Part(file)]  # whose reading tells what is wrong
     return [Part(file)]
@@ -174,14 +190,14 @@ def read_jsonl(file: Path, key: str) -> list[tuple[str, Any]]:
     """The rows of a jsonl file, each with where it stands (`FILE, line N`). Local. Raises: UserError."""
     rows = []
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 rows.append((f"{file}, line {number}", json.loads(line)))
     except OSError as error:
         raise UserError(f"{key}: {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{key}: {file} is not UTF-8 text") from None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of what is nested too deep
         raise UserError(f"{key}: {file}, line {number} is not JSON") from None
     return rows
 
@@ -218,8 +234,17 @@ def _jsonl_rows(part: Part) -> Iterator[tuple[int, Any]]:
                     yield place, json.loads(text)
             except UnicodeDecodeError:
                 yield place, Broken(place, "is not UTF-8 text")
-            except ValueError:
+            except (ValueError, RecursionError):  # the latter of what is nested too deep
                 yield place, Broken(place, "is not JSON")
+
+
+def _parquet_parts(file: Path) -> Iterator[Part]:
+    """A row group each, or some of its rows: writers may put all rows into one."""
+    described, first = _open_parquet(file).metadata, 0
+    for group in map(described.row_group, range(described.num_row_groups)):
+        rows = range(first, first + group.num_rows, max(1, group.num_rows * _GROUP // max(group.total_byte_size, 1)))
+        yield from (Part(file, start, min(start + rows.step, rows.stop)) for start in rows)
+        first = rows.stop
 
 
 def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
@@ -227,11 +252,15 @@ def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
     if not {"text", "messages"} & set(file.schema_arrow.names):
         raise UnusableError('has no column "text" or "messages"')
     columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-    place = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-    for batch in file.iter_batches(_ROWS, row_groups=range(part.start, part.stop), columns=columns):
-        for row in batch.to_pylist():
-            yield place, row
-            place += 1
+    ends = list(itertools.accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+    group = bisect.bisect_right(ends, part.start)
+    first = ends[group - 1] if group else 0
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+        rows = range(max(first, part.start), min(first + len(batch), part.stop))
+        yield from zip(rows, batch.slice(rows.start - first, len(rows)).to_pylist() if rows else [], strict=True)
+        first += len(batch)
+        if first >= part.stop:
+            return
 
 
 def _dataset_rows(part: Part) -> Iterator[tuple[int, Any]]:

@@ -150,10 +150,13 @@ def without_sentences(documents: list[SourceText], drafts: list[dict[str, Any]])
     return texts
 
 
-def check_absent(file: Path) -> None:
-    """Refuse to write over a file. Local. Raises: UserError."""
-    if file.exists():
-        raise UserError(f"{file} exists, perhaps with a person's corrections: name another, or remove it")
+def check_absent(files: list[Path]) -> None:
+    """Refuse to write over a file, or one over the other. Local. Raises: UserError."""
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists, perhaps with a person's corrections: name another, or remove it")
+    if len({file.absolute() for file in files}) < len(files):
+        raise UserError(f"{files[0]} cannot hold both the questions and the documents: name two files")
 
 
 def write_jsonl(rows: list[dict[str, Any]], file: Path) -> None:

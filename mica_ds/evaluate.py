@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from mica_ds import comm
 from mica_ds.config import EvaluateSettings
 from mica_ds.documents import read_documents
+from mica_ds.errors import UserError
 from mica_ds.inference import Likelihood, Runner, Sequence
 from mica_ds.questions import Choice, Open, prompt, read_questions
 from mica_ds.scores import Scores, perplexity
@@ -25,7 +26,7 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
     ) -> None:
-        """Collective. Raises: UserError where a file is missing or a question is malformed."""
+        """Collective. Raises: UserError where a file is missing or of no use, or a question is malformed."""
         self.runner = Runner(tokenizer, settings.batch_tokens)
         with comm.failing_together():
             self._questions = read_questions(settings.questions)
@@ -94,4 +95,6 @@ def _held_out(source: Path | None, key: str, tokenizer: PreTrainedTokenizerBase,
         return []
     documents = tokenizer(read_documents([source], key))["input_ids"]
     pieces = [document[i : i + length] for document in documents for i in range(0, len(document), length)]
+    if all(len(piece) == 1 for piece in pieces):
+        raise UserError(f"{key}: {source} holds nothing to predict: its documents are of one token each")
     return [Sequence(piece, [-100, *piece[1:]]) for piece in pieces]

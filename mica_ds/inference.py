@@ -93,6 +93,9 @@ class Runner:
             attention_mask=torch.tensor(masks, device=device),
             max_new_tokens=new_tokens,
             do_sample=False,
+            num_beams=1,  # these three, where a model's own generation_config.json has other values
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=self._padding,
             stopping_criteria=[have_ended],
             synced_gpus=comm.world_size() > 1,  # a rank whose batch is done goes on until all are

@@ -86,7 +86,9 @@ def _question(where: str, row: Any) -> Choice | Open:
     options = row["options"]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):
         raise UserError(f'{where}: "options" must be a list of two or more texts')
-    if not isinstance(answer, int) or not 0 <= answer < len(options):
+    if len(set(options)) < len(options):
+        raise UserError(f'{where}: two of the "options" are the same')
+    if type(answer) is not int or not 0 <= answer < len(options):
         raise UserError(f'{where}: "answer" must be the index of the right option, 0 to {len(options) - 1}')
     return Choice(row["question"], options, answer)
 

@@ -210,8 +210,7 @@ def evaluate(config: Config) -> None:
 def questions(config: Config, output: Path, number: int, held_out: Path | None, by_model: bool) -> None:
     """Draft questions from the documents, and where asked for write these without what is asked. Collective."""
     with comm.failing_together():
-        for file in filter(None, (output, held_out)):
-            check_absent(file)
+        check_absent([output, held_out] if held_out else [output])
         documents = read_sources([source.path for source in config.data.corpus], config.data.broken == "skip")
         seed = config.train.get("seed", TrainingArguments.seed)
         drafts = draft_questions(documents, 3 * number if by_model else number, seed)

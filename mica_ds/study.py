@@ -12,6 +12,7 @@ from mica_ds.crew import LOG, carry_out, last_words
 from mica_ds.errors import Preempted, UserError
 from mica_ds.findings import Result, choices, read_results, read_run, standings, write_results
 from mica_ds.settings import save_settings
+from mica_ds.shelf import writing
 from mica_ds.tracking import Tracker
 
 RESULTS = "results.jsonl"
@@ -19,8 +20,10 @@ RESULTS = "results.jsonl"
 
 def report(study: StudySettings, results: Path) -> None:
     """Make table, words and plots again from results alone, beside them. Local. Raises: UserError."""
-    for path in write_account(study, read_results(results), results.parent):
-        comm.say(f"study: {path}")
+    found = read_results(results)
+    with writing(results.parent):
+        for path in write_account(study, found, results.parent):
+            comm.say(f"study: {path}")
 
 
 def conduct(study: StudySettings) -> None:
@@ -53,12 +56,14 @@ def conduct(study: StudySettings) -> None:
         except KeyboardInterrupt as stop:
             raise stop if isinstance(stop, Preempted) else Preempted("interrupted; start again to go on") from None
         results = _finished([*sweep(study), *final])
-        write_results(results, folder / RESULTS)
+        with writing(folder):
+            write_results(results, folder / RESULTS)
         tracker.artifact(folder / RESULTS)
         if failed:
             raise UserError(f"{len(failed)} runs failed, as said above; the same command tries them again")
-        for path in write_account(study, results, folder):
-            tracker.artifact(path)
+        with writing(folder):
+            for path in write_account(study, results, folder):
+                tracker.artifact(path)
         for arm, standing in standings(study, results).items():
             found = {"knowledge": standing.knowledge[0], "forgetting": standing.forgetting}
             tracker.metrics({f"{key}.{arm}": value for key, value in found.items()})

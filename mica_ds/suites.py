@@ -63,7 +63,6 @@ def open_suites(names: list[str], data: Path | None) -> dict[str, Any]:
         for task in found["tasks"].values():
             if task.OUTPUT_TYPE != "multiple_choice":
                 raise UserError(f"evaluate.suites: {name} is not multiple choice; only such suites are run")
-            task.set_fewshot_seed(_SEED)
         loaded[name] = found
     return loaded
 
@@ -79,6 +78,8 @@ def score_suites(loaded: dict[str, Any], runner: Runner, model: nn.Module, folde
 
     found = {}
     for suite, tasks in loaded.items():
+        for task in tasks["tasks"].values():
+            task.set_fewshot_seed(_SEED)  # each time, so that what is compared is asked with the same examples
         results = evaluator.evaluate(_model(runner, model), tasks, bootstrap_iters=0, log_samples=True)
         samples = [sample for _, of_task in sorted(results["samples"].items()) for sample in of_task]
         found[suite] = {mark: [float(sample[mark]) for sample in samples] for mark in _MARKS if mark in samples[0]}

@@ -27,7 +27,7 @@ from mica_ds.errors import UserError
 from mica_ds.files import abandoned, locked, partial
 from mica_ds.workers import encode_files
 
-_VERSION = 1
+_VERSION = 2
 """Of what an entry holds: another one makes all entries anew."""
 _MANIFEST = "manifest.json"
 _COLUMNS = {  # the files of an entry
@@ -129,6 +129,8 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
             unfinished.mkdir(exist_ok=True)
             try:
                 _write(unfinished, files, key, tokenizer, may_skip)
+                if _entry(files, tokenizer, folder.parent) != folder.name:
+                    raise UserError(f"{key}: a file was changed while it was read; start again when all are written")
                 os.replace(unfinished, folder)
             except OSError:
                 if not _is_whole(folder):  # without locks, another job may have been faster

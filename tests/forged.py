@@ -17,7 +17,7 @@ from mica_ds.model import DTYPES, load_skeleton
 
 
 def forge_checkpoint(file: Path, *overrides: str) -> Path:
-    """Write a checkpoint of step 1 for a config with MiCA on all linear layers, and return its folder."""
+    """Write a checkpoint of step 1 for a config with MiCA or LoRA on all linear layers, and return its folder."""
     config = load_config(file, list(overrides))
     folder = config.output_dir / "checkpoints" / "step-000001"
     folder.mkdir(parents=True)
@@ -35,14 +35,16 @@ def forge_checkpoint(file: Path, *overrides: str) -> Path:
             trained[f"base_model.model.{name}.lora_A.weight"] = A
             frozen[f"base_model.model.{name}.lora_B.weight"] = B
             names.append(name.rpartition(".")[2])
-    save_file(trained, folder / "model-00001.safetensors")
-    save_file(frozen, folder / "frozen.safetensors")
+    is_mica = config.adapter.method == "mica"
+    save_file(trained if is_mica else trained | frozen, folder / "model-00001.safetensors")
+    if is_mica:
+        save_file(frozen, folder / "frozen.safetensors")
     LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=config.adapter.alpha,
         target_modules=sorted(set(names)),
-        init_lora_weights="mica",
+        init_lora_weights="mica" if is_mica else True,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     ).save_pretrained(folder)
     adapter = config.model_dump(mode="json")["adapter"]

@@ -45,6 +45,15 @@ def test_the_answers_alone_are_learnt(tokenizer: PreTrainedTokenizerBase) -> Non
     assert "assistant" not in second
 
 
+def test_of_a_chat_that_begins_with_an_answer_nothing_else_is_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Though the template puts its own system message before it."""
+    greeted = [{"role": "assistant", "content": "Good morning."}, *CHAT]
+    first, second, third = learnt(greeted, tokenizer)
+    assert first == "Good morning.<|im_end|>\n"
+    assert [second, third] == learnt(CHAT, tokenizer)
+    assert learnt([{"role": "assistant", "content": "end"}], tokenizer) == ["end<|im_end|>\n"]
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [

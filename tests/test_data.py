@@ -97,17 +97,26 @@ def test_a_chat_is_not_cut_where_it_fits_and_learnt_in_its_answers(
     assert rows == [row for row in all_rows if any(label != -100 for label in row["labels"])]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", TINY)
-def test_packed_documents_do_not_see_each_other(architecture: str, tiny_model: Callable[[str], Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
-    documents = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]]
-    row = packed(documents, length=12, padding=0)[0]
+def test_packed_documents_do_not_see_each_other(
+    architecture: str, attention: str, tiny_model: Callable[[str], Path]
+) -> None:
+    """Two rows of a micro-batch, cut at different places, of which a second has a document that goes on."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model(architecture), dtype=torch.float32, attn_implementation=attention
+    ).eval()
+    documents = [[5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16, 17, 18, 19], [20, 21, 22, 23, 24], [25, 26, 27, 28]]
+    pieces = [*documents[:2], documents[2][:4], documents[2][4:], *documents[3:]]
+    rows = packed(documents, length=12, padding=0)
+    assert len(rows) == 2
+    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "position_ids")}
     with torch.no_grad():
-        together = model(**{key: torch.tensor([row[key]]) for key in ("input_ids", "position_ids")}, use_cache=False)
-        alone = torch.cat([model(torch.tensor([document])).logits[0] for document in documents])
-        unseparated = model(torch.tensor([row["input_ids"]]), use_cache=False)
-    torch.testing.assert_close(together.logits[0], alone, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(unseparated.logits[0], alone, atol=1e-3)  # so that the test can fail
+        together = model(**batch, use_cache=False).logits.flatten(0, 1)
+        alone = torch.cat([model(torch.tensor([piece])).logits[0] for piece in pieces])
+        unseparated = model(batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(unseparated, alone, atol=1e-3)  # so that the test can fail
 
 
 @pytest.mark.parametrize("share", [0.12, 0.9])

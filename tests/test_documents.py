@@ -1,5 +1,6 @@
 """Reading documents: every format, and what is wrong with them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
     [
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', 'a.jsonl, line 2 has no "text"'),
         ("a.jsonl", b'{"text": "x"}\n\n{', "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 9999, "a.jsonl, line 2 is not JSON"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl, line 1 is not UTF-8 text"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', "a.jsonl, line 1 is malformed: message 1"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl, line 1 has no answer"),
@@ -109,6 +111,29 @@ def test_sources_that_are_no_texts(tmp_path: Path) -> None:
     assert read_documents([tmp_path / "splits" / "test"], "data.replay") == ["x"]
 
 
+def test_no_folder_is_left_out_unsaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linked ones are read, but not again and again; one that cannot be read is named."""
+    inner = tmp_path / "source" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "a.txt").write_text("first")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text("second")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "source")
+    (inner / "linked").symlink_to(tmp_path / "elsewhere")
+    (inner / "loop").symlink_to(tmp_path / "source")
+    assert read_documents([tmp_path / "source"], "data.corpus") == ["first", "second"]
+    scandir = os.scandir
+
+    def denying(folder: Any) -> Any:
+        if Path(folder) == inner:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", denying)
+    with pytest.raises(UserError, match=rf"data\.corpus: {inner} cannot be read: Permission denied"):
+        find_files(tmp_path / "source", "data.corpus")
+
+
 @given(lines=st.lists(st.sampled_from(["{", "", '{"text": "äö"}', '{"text": "a long one"}']), max_size=30))
 def test_every_line_is_read_once_however_a_file_is_split(
     lines: list[str], tmp_path_factory: pytest.TempPathFactory
@@ -125,7 +150,7 @@ def test_every_line_is_read_once_however_a_file_is_split(
     assert [isinstance(each, Broken) for each in found] == [line == "{" for line in lines if line]
 
 
-def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path) -> None:
+def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, Any]] = [{"text": f"text {i}"} for i in range(2500)]
     rows[2100]["text"] = None
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=1200)
@@ -138,3 +163,9 @@ def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path) -> None
         (broken,) = [document for document in found if isinstance(document, Broken)]
         assert where(file, broken.place) == f"{file}, row 2101"
         assert broken.reason == 'has no "text"'
+    whole = [each for part in split(tmp_path / "a.parquet") for each in read(part)]
+    monkeypatch.setattr(documents, "_GROUP", 3000)  # bytes: a few hundred rows, and batches in the midst of parts
+    monkeypatch.setattr(documents, "_ROWS", 97)
+    parts = split(tmp_path / "a.parquet")
+    assert max(part.stop - part.start for part in parts) < 400
+    assert [each for part in parts for each in read(part)] == whole

@@ -59,6 +59,7 @@ def test_answers_in_padded_batches_are_those_of_a_plain_loop(alone: None, smollm
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         wanted.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).partition("\n")[0].strip())
+    model.generation_config.update(repetition_penalty=5.0, num_beams=2, no_repeat_ngram_size=1)  # as its maker may
     assert Runner(tokenizer, batch_tokens=1000).continuations(model, prompts, new_tokens=6) == wanted
     assert "nine" in wanted[2]
 
@@ -132,10 +133,18 @@ def test_malformed_questions_are_refused_by_line(tmp_path: Path) -> None:
         ({"question": "Who?"}, 'without "options", "answer" must be a text'),
         ({"question": "Who?", "answer": []}, "list of accepted ones"),
         ({"question": "Who?", "options": ["a", "b"], "answer": "a"}, "must be the index"),
+        ({"question": "Who?", "options": ["a", "b"], "answer": True}, "must be the index"),
+        ({"question": "Who?", "options": ["a", "b", "a"], "answer": 2}, "two of the .options. are the same"),
     ):
-        file.write_text('{"question": "Good?", "answer": "yes"}\n' + json.dumps(row))
+        file.write_text('{"question": "Good?", "answer": "yes"}\n' + json.dumps(row), encoding="utf-8-sig")
         with pytest.raises(UserError, match=f"line 2.*{message}"):
             read_questions(file)
+
+
+def test_held_out_text_of_one_token_is_refused(alone: None, smollm2: Path, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("a")
+    with pytest.raises(UserError, match=r"evaluate\.retention: .*general\.txt holds nothing to predict"):
+        Evaluator(EvaluateSettings(retention=tmp_path / "general.txt"), AutoTokenizer.from_pretrained(smollm2), 16)
 
 
 def scores(right: list[bool], f1: list[float]) -> Scores:

@@ -303,6 +303,16 @@ def test_an_account_needs_all_runs_and_says_which_is_missing(study: StudySetting
         report(study, tmp_path / RESULTS)
 
 
+def test_an_account_that_cannot_be_written_is_one_sentence(study: StudySettings, tmp_path: Path, alone: None) -> None:
+    swept = [result(arm, rate, 1) for arm, rates in study.learning_rates.items() for rate in rates]
+    write_results(
+        [*swept, *(result(arm, rate, 2) for arm, rate in (("lora", 5e-4), ("mica", 1e-3)))], tmp_path / RESULTS
+    )
+    (tmp_path / TABLE).mkdir()
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written .*Is a directory"):
+        report(study, tmp_path / RESULTS)
+
+
 def test_a_study_under_a_launcher_is_refused(study: StudySettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start it without a launcher"):

@@ -159,6 +159,27 @@ def test_an_interrupted_write_leaves_nothing(
     assert opened().manifest["documents"] == 105
 
 
+def test_what_changes_while_it_is_read_is_not_cached(
+    opened: Callable[..., Tokens], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the half of a file that another program was writing would stand in the cache for the whole of it."""
+    encode, file = workers.encode, source / "b00.txt"
+    content = file.read_text()
+
+    def disturbed(*arguments: Any) -> Any:
+        file.write_text(content[:9])
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "encode", disturbed)
+        with pytest.raises(UserError, match=r"data\.corpus: a file was changed while it was read"):
+            opened()
+    assert {each.suffix for each in (tmp_path / "cache").iterdir()} <= {".lock", ".json"}
+    file.write_text(content)
+    assert opened().manifest["documents"] == 105
+    assert opened().ids.tolist() == opened(cache=tmp_path / "other").ids.tolist()
+
+
 def test_a_process_leaves_the_signals_of_a_run_to_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
     monkeypatch.setattr(workers, "_tokenizer", None, raising=False)

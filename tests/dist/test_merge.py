@@ -102,8 +102,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def factors(case: Case, module: str) -> tuple[torch.Tensor, torch.Tensor, float]:
     """A, B and the scale of a forged adapter, fp64."""
     folder = case.run / "checkpoints" / "step-000001"
-    A = load_file(folder / "model-00001.safetensors")[f"base_model.model.{module}.lora_A.weight"]
-    B = load_file(folder / "frozen.safetensors")[f"base_model.model.{module}.lora_B.weight"]
+    tensors = stored(folder)
+    A, B = (tensors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
     settings = json.loads((folder / "adapter_config.json").read_text())
     return A.double(), B.double(), settings["lora_alpha"] / settings["r"]
 
@@ -124,8 +124,8 @@ def assert_files_are_the_bases(case: Case) -> None:
 def assert_weights_are_the_sum(case: Case, every: int = 1) -> None:
     """W + (alpha / r) B A in fp64, rounded once, in every so-manieth matrix; what has no adapter is as it was."""
     base, merged = stored(case.base), stored(case.merged)
-    with safe_open(case.run / "checkpoints/step-000001/frozen.safetensors", "pt") as opened:
-        keys = [key.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for key in opened.offset_keys()]
+    names = [name for name in stored(case.run / "checkpoints/step-000001") if name.endswith(".lora_B.weight")]
+    keys = [name.removeprefix("base_model.model.").removesuffix(".lora_B.weight") for name in names]
     assert len(keys) > 4
     for name in base.keys() - {f"{key}.weight" for key in keys}:
         assert merged[name].equal(base[name])
@@ -161,6 +161,8 @@ def cases(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     made = {name: make_case(root / name, write_tiny_model(name, root / f"{name}-base")) for name in TINY}
     real = several_files(smollm2, root / "real-base", torch.bfloat16)
     made["real"] = make_case(root / "real", real, "bfloat16", adapter={"r": 16, "alpha": 32})
+    lora = write_tiny_model("llama", root / "lora-base")
+    made["lora"] = make_case(root / "lora", lora, adapter={"method": "lora"})
     # Weights in fp32 of which training saw bf16; written with a header of odd length, as old files have.
     made["mixed"] = make_case(root / "mixed", _odd_header(write_tiny_model("llama", root / "mixed-base")), "bfloat16")
     damaged = write_tiny_model("llama", root / "damaged-base")
@@ -195,7 +197,7 @@ def _odd_header(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [*TINY, "real", "mixed"])
+@pytest.mark.parametrize("name", [*TINY, "lora", "real", "mixed"])
 def test_the_merged_model_is_the_base_and_its_adapter(name: str, cases: dict[str, Case]) -> None:
     case = cases[name]
     assert case.said is None
