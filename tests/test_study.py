@@ -345,9 +345,13 @@ def test_an_interrupt_ends_the_runs_that_go_on(study_file: Callable[..., Path], 
             time.sleep(0.05)
         signal.raise_signal(signal.SIGINT)
 
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(study, sweep(study), "parent", lambda *_: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(study, sweep(study), "parent", lambda *_: None)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
 

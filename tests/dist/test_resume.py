@@ -156,7 +156,7 @@ def test_every_epoch_holds_every_row(reference: Run) -> None:
     [
         pytest.param("none", 1, "float32", marks=pytest.mark.slow),
         ("nvme", 3, "float32"),
-        ("none", 3, "bfloat16"),
+        pytest.param("none", 3, "bfloat16", marks=pytest.mark.slow),
         pytest.param("cpu", 1, "bfloat16", marks=pytest.mark.slow),
         ("nvme", 2, "bfloat16"),
     ],
