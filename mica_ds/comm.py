@@ -36,6 +36,7 @@ def start() -> None:
     """Join the process group of the launcher, or become a group of one. Collective.
 
     The rank comes from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun, accelerate) or from srun's variables.
+    Raises: UserError where the ranks do not meet in the minutes that DeepSpeed gives them (DEEPSPEED_TIMEOUT, 10).
     """
     global _group
     process.find_ranks()
@@ -46,8 +47,11 @@ def start() -> None:
 
     # Before TrainingArguments: else transformers' zero.Init sees a world of one (measured, 5.23.0).
     # DeepSpeed (0.19.8) prints on every rank that it has built its op.
-    with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        with redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    except dist.DistError as error:
+        raise UserError(process.why_apart(error)) from None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -46,6 +46,16 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def why_apart(error: Exception) -> str:
+    """What to tell the user where this rank did not meet the others for this reason. Local."""
+    rank, size, address, port = (os.environ[key] for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    reason = str(error).split("\n")[0].rstrip(".")
+    return (
+        f"rank {rank} on {socket.gethostname()} did not meet the others at {address}:{port} ({reason}); see whether "
+        f"all {size} ranks have started, rank 0 on {address}, and whether the nodes let one another reach that port"
+    )
+
+
 def require_compiler() -> None:
     """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
     compiler = os.environ.get("CXX", "c++")

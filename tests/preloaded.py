@@ -4,6 +4,8 @@ What the tests start as users do (launchers, SLURM, the quickstart, MLflow's ser
 """
 
 import array
+import gc
+import importlib
 import json
 import os
 import runpy
@@ -16,6 +18,9 @@ import time
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+
+# What a run imports as it goes on.
+_LATER = ("datasketch", "deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_svg", "scipy.stats")
 
 
 class Program:
@@ -107,11 +112,17 @@ def _serve(link: socket.socket) -> dict[str, Any] | None:
 
 def main() -> None:
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # as `comm.start` does
+    import cpuinfo
     import torch
     from threadpoolctl import threadpool_limits
 
     import mica_ds.recipe  # noqa: F401
 
+    for module in _LATER:
+        importlib.import_module(module)
+    about_cpu = cpuinfo.get_cpu_info()
+    cpuinfo.get_cpu_info = lambda: about_cpu  # DeepSpeed asks three times, and each time takes a second
+    gc.freeze()  # else each collection of a rank looks through all that the libraries hold
     del sys.modules["mlflow"]
     order = _serve(socket.socket(fileno=int(sys.argv[1])))
     if order:

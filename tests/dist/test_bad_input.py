@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +151,21 @@ def test_ranks_that_cannot_meet(tiny_config: Callable[..., Path], monkeypatch: p
     command = [sys.executable, "-m", "mica_ds", "train", str(tiny_config())]
     finished = start(command, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2")
     assert_refused(finished, "no MASTER_ADDR and MASTER_PORT")
+
+
+def test_a_port_that_is_taken(tiny_config: Callable[..., Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        finished = start_ranks(1, ["train", str(tiny_config())], WORLD_SIZE="2", MASTER_PORT=port)
+    assert_refused(finished, "rank 0 on", "did not meet the others", "address already in use")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_never_comes(rank: str, tiny_config: Callable[..., Path]) -> None:
+    variables = {"RANK": rank, "WORLD_SIZE": "2", "DEEPSPEED_TIMEOUT": "1"}
+    finished = start_ranks(1, ["train", str(tiny_config())], **variables)
+    assert finished.codes == [2], finished.output
+    assert f"error: rank {rank} on" in finished.output
+    assert "did not meet the others" in finished.output
+    assert "Traceback" not in finished.output

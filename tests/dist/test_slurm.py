@@ -10,7 +10,7 @@ from typing import Any
 import mlflow
 import pytest
 
-from ..conftest import LAUNCH_LIMIT, ROOT, write_config
+from ..conftest import LAUNCH_LIMIT, ROOT, start_ranks, write_config
 from ..slurm import Cluster, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slurm]
@@ -127,14 +127,10 @@ def site(make_site: Callable[[Path], Site], tmp_path: Path) -> Site:
 
 @pytest.fixture(scope="module")
 def loss(make_site: Callable[[Path], Site], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Of a job that nothing interrupts."""
+    """Of a run that nothing interrupts."""
     site = make_site(tmp_path_factory.mktemp("undisturbed"))
-    job = site.submit()
-    found = site.wait(job)
-    outputs = site.outputs()
-    assert found["JobState"] == "COMPLETED", outputs
-    host = socket.gethostname().split(".")[0]  # both nodes'
-    assert outputs.keys() == {f"{site.folder.name}/job-{job}.log", f"{job}/0-{host}.log", f"{job}/1-{host}.log"}
+    finished = start_ranks(2, ["train", str(site.config)], OMP_NUM_THREADS="1")
+    assert finished.codes == [0, 0], finished.output
     return site.summary()["final_loss"]
 
 
@@ -171,8 +167,12 @@ def test_a_job_that_is_requeued_preempted_and_loses_a_node(site: Site, loss: flo
 
 def test_the_doctor_as_a_job(site: Site) -> None:
     job = site.submit(verb="doctor")
-    assert site.wait(job)["JobState"] == "COMPLETED", site.outputs()
-    assert "".join(site.outputs().values()).count(" good ") == 12, site.outputs()
+    found = site.wait(job)
+    outputs = site.outputs()
+    assert found["JobState"] == "COMPLETED", outputs
+    assert "".join(outputs.values()).count(" good ") == 12, outputs
+    host = socket.gethostname().split(".")[0]  # both nodes'
+    assert outputs.keys() == {f"{site.folder.name}/job-{job}.log", f"{job}/0-{host}.log", f"{job}/1-{host}.log"}
 
 
 def test_a_cancelled_job(site: Site) -> None:
