@@ -33,10 +33,12 @@ class RunCallback(TrainerCallback):
         tracker: Tracker,
         meter: Meter,
         config: Config,
+        weights: str,
         facts: dict[str, Any],
     ) -> None:
+        """`weights` is the fingerprint of the base model's."""
         self._trainer, self._evaluator, self._tracker, self._meter = trainer, evaluator, tracker, meter
-        self._config = config
+        self._config, self._weights = config, weights
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
         self._random_state_of: Path | None = None
@@ -60,13 +62,14 @@ class RunCallback(TrainerCallback):
         trim()
         check_separation(self._trainer.model_wrapped, self._config)
         if "before" not in self._facts:
-            # The engine exists now, and an adapter adds nothing yet: this scores the base model.
-            self._score(state, control)
-            assert self.scores
-            self._facts["before"] = self.scores[1].as_dict()
+            # The engine exists now, and an adapter adds nothing yet.
+            engine, cache = self._trainer.model_wrapped, self._config.data.cache / "scores"
+            scores = self._evaluator.score_base(engine, self._weights, cache)
+            self._note(scores, state, control)
+            self._facts["before"] = scores.as_dict()
         elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
             # A signal came first. Where this was the last of evaluate.patience, transformers stops after one more step.
-            self._score(state, control)
+            self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
         _forget_order(self._trainer.model_wrapped)
         signals.defer(True)
         self._started = time.perf_counter()
@@ -76,8 +79,9 @@ class RunCallback(TrainerCallback):
         every, step = self._config.evaluate.every, state.global_step
         return every > 0 and (step % every == 0 or step == state.max_steps)
 
-    def _score(self, state: TrainerState, control: TrainerControl) -> None:
-        step, scores = state.global_step, self._evaluator.score(self._trainer.model_wrapped)
+    def _note(self, scores: Scores, state: TrainerState, control: TrainerControl) -> None:
+        """Record an evaluation of the current step, and do what it asks for."""
+        step = state.global_step
         self._tracker.metrics(scores.found(), step)
         state.log_history.append({**scores.found(), "step": step})
         self.scores = step, scores
@@ -119,7 +123,7 @@ class RunCallback(TrainerCallback):
         self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
         if self._is_due(state) and not self.is_preempted:
             started = time.perf_counter()
-            self._score(state, control)
+            self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
             self._started += time.perf_counter() - started  # it is not training
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop

@@ -1,8 +1,13 @@
 """Knowledge (questions about the documents) and perplexities of held-out text, sharded over the ranks."""
 
 import hashlib
+import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -10,9 +15,11 @@ from mica_ds import comm
 from mica_ds.config import EvaluateSettings
 from mica_ds.documents import read_documents
 from mica_ds.errors import UserError
+from mica_ds.files import replacing
 from mica_ds.inference import Likelihood, Runner, Sequence
 from mica_ds.questions import Choice, Open, prompt, read_questions
 from mica_ds.scores import Scores, perplexity
+from mica_ds.shelf import writing
 
 _LEAST_ANSWER = 16  # tokens that the model may answer with, and more where an accepted answer is longer
 
@@ -73,6 +80,33 @@ class Evaluator:
         texts = found[len(options) :]
         domain, retention = texts[: len(self._domain)], texts[len(self._domain) :]
         return Scores(rows, _perplexity(self._domain, domain), _perplexity(self._retention, retention))
+
+    def score_base(self, engine: Any, weights: str, cache: Path) -> Scores:
+        """Score the base model, or take what an earlier run has found and left in the cache. Collective.
+
+        `engine` is DeepSpeed's, of the base or of an adapter on it that adds nothing yet; `weights` is the fingerprint
+        of its weights. Raises: UserError where the cache cannot be written.
+        """
+        model = engine.module.get_base_model() if hasattr(engine.module, "peft_config") else engine.module
+        settings = [part.to_json_string(use_diff=False) for part in (model.config, model.generation_config)]
+        settings.append(model.config._attn_implementation)
+        place = [engine.device.type, torch.__version__, transformers.__version__]
+        key = hashlib.sha256(repr([self.digest, weights, settings, place]).encode()).hexdigest()
+        file, known = cache / f"{key}.json", None
+        if comm.is_main():
+            with suppress(OSError, ValueError):  # there is none, or a power cut has left it empty
+                known = json.loads(file.read_text(encoding="utf-8"))
+        if known := comm.gather(known)[0]:
+            comm.say(f"evaluation: the base model's scores are known, from {file}")
+            return Scores(**known)
+        scores = self.score(engine)
+        with comm.failing_together():
+            if comm.is_main():
+                with writing(cache):
+                    cache.mkdir(parents=True, exist_ok=True)
+                    with replacing(file, is_shared=True) as partial:
+                        partial.write_text(json.dumps(scores.as_dict()), encoding="utf-8")
+        return scores
 
     def _answers(self, model: nn.Module) -> list[str]:
         """What the model says to each open question."""

@@ -17,6 +17,7 @@ from mica_ds.checkpoint import adapter_norms, restore_optimizer, save_checkpoint
 from mica_ds.config import Config
 from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
+from mica_ds.fingerprint import WEIGHTS
 from mica_ds.loss import tile_loss
 from mica_ds.meter import Meter
 from mica_ds.parallelism import collator, mask_evaluation, share_batches, token_loss
@@ -50,7 +51,7 @@ class MicaTrainer(Trainer):
         """The last checkpoint."""
         self._saved_step = 0
         self._meter = Meter(cast(nn.Module, self.model), config.data.sequence_length)
-        self.run = RunCallback(self, evaluator, tracker, self._meter, config, facts)
+        self.run = RunCallback(self, evaluator, tracker, self._meter, config, origin[WEIGHTS], facts)
         self.add_callback(self.run)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
