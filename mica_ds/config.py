@@ -85,7 +85,7 @@ class DataSettings(Section):
     broken: Literal["refuse", "skip"] = "refuse"
     """What to do about a file or row that cannot be read: end with its name, or name it and go on without."""
     cache: Path = Path("runs/tokens")
-    """Folder for tokenised documents, on storage that all ranks share; other runs of the same documents use it, too."""
+    """Folder for tokenised documents and base models' scores, on storage that all ranks share, for other runs, too."""
     sequence_length: int = Field(default=1024, ge=8)
     """Tokens of a training sequence."""
     pack: bool = True

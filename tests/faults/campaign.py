@@ -139,7 +139,7 @@ class Campaign:
     def _start(self, run: Path) -> tuple[list[Program], Path]:
         log = run.with_suffix(".log")
         with log.open("w") as file:
-            arguments = ["train", str(self._config), f"output_dir={run}"]
+            arguments = ["train", str(self._config), f"output_dir={run}", f"data.cache={run}-cache"]
             return launch_ranks(RANKS, arguments, output=file, OMP_NUM_THREADS="1"), log
 
     def _disturb(self, run: Path, moment: Moment) -> tuple[float, list[int], str]:
