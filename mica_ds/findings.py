@@ -78,12 +78,22 @@ class Standing:
 
 
 def read_run(run: Run) -> Result:
-    """The result of a finished run, from its folder. Local. Raises: UserError without multiple-choice questions."""
+    """The result of a finished run, from its folder. Local.
+
+    Raises: UserError without multiple-choice questions, or where another version has left what lacks something.
+    """
     summary = json.loads((run.folder / "summary.json").read_text())
     names = {field.name for field in dataclasses.fields(Result)}
     known: dict[str, Any] = {key: value for key, value in summary.items() if key in names}
     known |= {f"right_{when}": _right(run.folder / "evaluation" / f"{when}.jsonl") for when in ("before", "after")}
-    return Result(run.arm, run.learning_rate, run.seed, **known)
+    known |= {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
+    try:
+        return TypeAdapter(Result).validate_python(known)
+    except ValidationError as error:
+        what = ", ".join(str(one["loc"][0]) for one in error.errors())
+        raise UserError(
+            f"{run.folder}/summary.json lacks {what}: it is of another version; remove the folder to run it again"
+        ) from None
 
 
 def write_results(results: list[Result], file: Path) -> None:

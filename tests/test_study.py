@@ -25,7 +25,7 @@ from mica_ds.account import ACCOUNT, PLOTS, TABLE
 from mica_ds.arms import StudySettings, check_folder, load_study, run_config, sweep, trials
 from mica_ds.crew import carry_out
 from mica_ds.errors import UserError
-from mica_ds.findings import Result, choices, choose, compare, read_results, standings, write_results
+from mica_ds.findings import Result, choices, choose, compare, read_results, read_run, standings, write_results
 from mica_ds.journal import Reader
 from mica_ds.settings import save_settings
 from mica_ds.statistics import mean_interval
@@ -301,6 +301,20 @@ def test_an_account_needs_all_runs_and_says_which_is_missing(study: StudySetting
     (tmp_path / RESULTS).write_text('{"arm": "lora"}\n')
     with pytest.raises(UserError, match=f"{RESULTS}, line 1 is no result"):
         report(study, tmp_path / RESULTS)
+
+
+def test_a_run_of_another_version_is_one_sentence(study: StudySettings) -> None:
+    run = sweep(study)[0]
+    (run.folder / "evaluation").mkdir(parents=True)
+    for when in ("before", "after"):
+        (run.folder / f"evaluation/{when}.jsonl").write_text('{"right": true}\n')
+    facts = dataclasses.asdict(result())
+    (run.folder / "summary.json").write_text(json.dumps(facts))
+    assert read_run(run) == result(run.arm, run.learning_rate, run.seed, "1", tokens=501, right_before="1")
+    del facts["tokens"]
+    (run.folder / "summary.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"summary.json lacks tokens: it is of another version; remove the folder"):
+        read_run(run)
 
 
 def test_an_account_that_cannot_be_written_is_one_sentence(study: StudySettings, tmp_path: Path, alone: None) -> None:
