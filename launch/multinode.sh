@@ -11,7 +11,7 @@ source launch/environment.sh
 command -v pdsh >/dev/null || fail "pdsh is missing, by which DeepSpeed reaches the nodes; install pdsh"
 # Before DeepSpeed's launcher, which asks the first node alone, and says so in a traceback.
 first=
-while read -r node slots _ <&3; do
+while read -r node slots _ <&3 || [ -n "$node" ]; do # the last line may lack its end
   [[ "$node" == [!#]* ]] || continue
   [[ "$slots" == slots=[1-9]* ]] || fail "$HOSTFILE: the line of $node gives no ranks; write \`$node slots=8\`"
   ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$node" test -d "$PWD/.venv" 2>/dev/null ||

@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Train on one node: bash launch/train.sh CONFIG [key=value ...]
-# Ranks: NUM_RANKS, else one for each GPU, else two. MASTER_PORT sets two runs on one machine apart.
+# Ranks: NUM_RANKS, else one for each GPU (of CUDA_VISIBLE_DEVICES), else two. MASTER_PORT sets two runs on one machine apart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-exec deepspeed --no_local_rank --num_accelerators "$ranks" --master_port "${MASTER_PORT:-29500}" \
+devices=(--num_accelerators "$ranks")
+if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which DeepSpeed would ignore beside a number
+  devices=(--include "localhost:$(cut -d, -f"-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+  unset CUDA_VISIBLE_DEVICES
+fi
+exec deepspeed --no_local_rank "${devices[@]}" --master_port "${MASTER_PORT:-29500}" \
   --module mica_ds "$verb" "$@"

@@ -41,6 +41,7 @@ def start() -> None:
     global _group
     process.find_ranks()
     if not torch.cuda.is_available():
+        process.require_no_gpu()
         process.require_compiler()  # DeepSpeed compiles its shared-memory collectives
     process.load_deepspeed(is_quiet=os.environ["RANK"] != "0")
     import deepspeed

@@ -3,8 +3,10 @@
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -21,7 +23,7 @@ def find_ranks() -> None:
     slurm = {
         "RANK": "SLURM_PROCID",
         "LOCAL_RANK": "SLURM_LOCALID",
-        "WORLD_SIZE": "SLURM_NTASKS",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",  # SLURM_NTASKS is the job's, also in the shell that salloc opens
     }
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
         os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
@@ -56,6 +58,28 @@ def why_apart(error: Exception) -> str:
     )
 
 
+def require_no_gpu() -> None:
+    """Raise a UserError where this process has GPUs that torch does not see: it would train on the CPU. Local.
+
+    DS_ACCELERATOR=cpu says that it shall.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0") or _lists_gpus():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
+        raise UserError(
+            f"{socket.gethostname()} has GPUs, but torch {torch.__version__}, built {built}, sees none: the driver may "
+            "be too old, or a container without access (--nv); DS_ACCELERATOR=cpu in the environment means the CPU"
+        )
+
+
+def _lists_gpus() -> bool:
+    try:
+        return b"GPU" in subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
 def require_compiler() -> None:
     """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
     compiler = os.environ.get("CXX", "c++")
@@ -64,7 +88,13 @@ def require_compiler() -> None:
 
 
 def load_deepspeed(is_quiet: bool) -> None:
-    """Import DeepSpeed, before any module that does; `is_quiet` lets it and other libraries show only errors. Local."""
+    """Import DeepSpeed, before any module that does; `is_quiet` lets it and other libraries show only errors. Local.
+
+    It finds what compiles its ops beside this interpreter, and those that setup.sh has compiled, activated or not.
+    """
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if (ops := Path(sys.prefix) / "ops").is_dir():
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     # DeepSpeed (0.19.8) imports MLflow if it can, for its autotuner alone: 1.4 s and 47 MiB of every rank.

@@ -109,7 +109,7 @@ def _manager() -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("evaluate.suites needs lm-eval: pip install 'mica_ds[suites]'") from None
+        raise UserError("evaluate.suites needs lm-eval, which launch/setup.sh installs") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 

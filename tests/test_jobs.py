@@ -146,3 +146,31 @@ def test_a_pipeline_that_cannot_be_meant_says_why(
     assert (tmp_path / "scancel").exists() is bool(cancelled)
     if cancelled:
         assert (tmp_path / "scancel").read_text() == cancelled
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({}, "--num_accelerators 4 "),
+        ({"NUM_RANKS": "2"}, "--num_accelerators 2 "),
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3 "),
+        ({"CUDA_VISIBLE_DEVICES": "1,2,3", "NUM_RANKS": "2"}, "--include localhost:1,2 "),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "--num_accelerators 2 "),  # on the CPU
+    ],
+)
+def test_one_node_starts_a_rank_for_each_gpu_that_it_may_use(
+    variables: dict[str, str], asked: str, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name, text in (("nvidia-smi", "seq 0 3"), ("deepspeed", 'echo "$* ${CUDA_VISIBLE_DEVICES-unset}"')):
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "NUM_RANKS")}
+    environment = clean | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
+    command = ["bash", str(tmp_path / "launch/train.sh"), "my.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"--no_local_rank {asked}--master_port 29500 --module mica_ds train my.yaml")
+    assert done.stdout.endswith(" unset\n" if variables.get("CUDA_VISIBLE_DEVICES") != "" else " \n")

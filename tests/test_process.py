@@ -1,6 +1,7 @@
 """How ranks find each other, before they have met."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +34,37 @@ def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPa
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that they are restored
         monkeypatch.delenv(name)
-    given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NTASKS": "16"}
+    given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16"}
+    given["SLURM_NTASKS"] = "64"  # the job's
     for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     process.find_ranks()
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_refused"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "8"}, True),
+        ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu"}, False),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"SLURM_GPUS_ON_NODE": "0"}, False),
+        ({"PATH": "with nvidia-smi"}, True),
+        ({"PATH": "with nvidia-smi", "DS_ACCELERATOR": "cpu"}, False),
+        ({}, False),
+    ],
+)
+def test_gpus_that_torch_does_not_see_are_no_reason_to_train_on_the_cpu(
+    variables: dict[str, str], is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for name, value in {"PATH": "nowhere", **variables}.items():
+        monkeypatch.setenv(name, value.replace("with nvidia-smi", str(tmp_path)))
+    if is_refused:
+        with pytest.raises(UserError, match=r"has GPUs, but torch .* sees none"):
+            process.require_no_gpu()
+    else:
+        process.require_no_gpu()
