@@ -1,14 +1,11 @@
 """Attach what trains: MiCA (A = 0, B from the cache, frozen), LoRA, or the whole model."""
 
-from pathlib import Path
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from mica_ds.basis import Basis
-from mica_ds.checkpoint import read_tensors
 from mica_ds.config import AdapterSettings
 from mica_ds.errors import UserError
 from mica_ds.shards import (
@@ -97,20 +94,20 @@ def attach_adapter(
     model: PreTrainedModel,
     modules: dict[str, nn.Module],
     adapter: AdapterSettings,
-    basis: Basis | None,
+    factors: dict[str, torch.Tensor] | None,
 ) -> nn.Module:
     """Return the model with its adapter: only A (MiCA), A and B (LoRA) or everything (full) trains. Local.
 
-    MiCA is peft's own variant, made without its SVD: with `low_cpu_mem_usage` the factors start on the meta device,
-    where peft (0.21) skips the decomposition, and are filled from the cache.
+    `factors` are its values by peft's names; without them LoRA begins as peft has it. MiCA is peft's own variant, made
+    without its SVD: with `low_cpu_mem_usage` the factors start on the meta device, where peft (0.21) skips that.
     """
     if adapter.method == "full":
         return model.requires_grad_(True)
-    peft_model = _with_factors(model, modules, adapter, is_empty=basis is not None)
-    if basis is not None:
-        _fill(peft_model, modules, adapter.r, basis)
+    peft_model = _with_factors(model, modules, adapter, is_empty=factors is not None)
+    if factors is not None:
+        set_peft_model_state_dict(peft_model, factors, low_cpu_mem_usage=True)
     for parameter in peft_model.parameters():
-        if parameter.requires_grad or basis is not None:
+        if parameter.requires_grad or factors is not None:
             parameter.data = parameter.data.to(model.dtype)  # not `.to(model)`: it would round RoPE's fp32 buffers
     return peft_model
 
@@ -146,20 +143,15 @@ def frozen_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, tor
     return {factor_name(name, module, "B"): basis[name] for name, module in modules.items()}
 
 
-def restore_adapter(model: nn.Module, checkpoint: Path) -> nn.Module:
-    """Give a checkpoint's factors to a model with the same adapter, before DeepSpeed partitions it. Local."""
-    set_peft_model_state_dict(model, read_tensors(checkpoint))
-    return model
+def first_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, torch.Tensor]:
+    """What MiCA begins with, by peft's names, fp32: A (r, in) of zeros, and B (out, r) from the cache. Local."""
+    zeros = {factor_name(name, m, "A"): torch.zeros(basis.r, weight_shape(m)[1]) for name, m in modules.items()}
+    return zeros | frozen_factors(modules, basis)
 
 
 def lora_parameters(modules: dict[str, nn.Module], r: int) -> int:
     """What LoRA would train on these modules: r (in + out) for each. Local."""
     return sum(r * sum(weight_shape(module)) for module in modules.values())
-
-
-def _fill(model: PeftModel, modules: dict[str, nn.Module], r: int, basis: Basis) -> None:
-    zeros = {factor_name(name, m, "A"): torch.zeros(r, weight_shape(m)[1]) for name, m in modules.items()}
-    set_peft_model_state_dict(model, zeros | frozen_factors(modules, basis), low_cpu_mem_usage=True)
 
 
 def factor_name(name: str, module: nn.Module, factor: str) -> str:

@@ -12,6 +12,7 @@ from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.parallelism import parallelism
+from mica_ds.upstream import check_zero
 
 
 def accumulation_steps(config: Config, ranks: int) -> int:
@@ -49,6 +50,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
         raise UserError(
             "model.offload_activations needs train.activation_checkpointing=true: it offloads what that saves"
         )
+    check_zero(config.deepspeed)
     deepspeed = read_deepspeed(config)
     if "offload_optimizer" in deepspeed["zero_optimization"]:
         process.require_compiler()

@@ -1,27 +1,23 @@
 """Whether a run fits, and the nearest settings that do."""
 
-import math
 import shlex
 import shutil
 import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from mica_ds import comm, memory
+from mica_ds import comm, memory, process
 from mica_ds.config import Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.memory import readable
 from mica_ds.meter import rss
-from mica_ds.plan import Plan, make_plan
+from mica_ds.plan import CONTEXT, Plan, make_plan
 from mica_ds.zero import Cluster
 
 NODES = "--nodes"
 PLACES = {"gpu": "a GPU", "host": "host memory a rank", "nvme": "NVMe a rank"}
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def nearest_fit(config: Config, cluster: Cluster) -> dict[str, Any] | None:
@@ -70,7 +66,7 @@ def check_capacity(config: Config) -> None:
 
     Raises: UserError that holds the settings to replace.
     """
-    machines = comm.gather((socket.gethostname(), _host_memory(), rss(), _gpu_memory(), _nvme(config)))
+    machines = comm.gather((socket.gethostname(), process.free_memory(), rss(), _gpu_memory(), _nvme(config)))
     activations = 0
     with comm.failing_together():
         if comm.is_main():
@@ -162,30 +158,12 @@ def _halves(number: int, least: int) -> list[int]:
     return found
 
 
-def _host_memory() -> int:
-    """What is free on this host, or in the control groups that a job runs in, where that is less."""
-    free: int | float = psutil.virtual_memory().available
-    with suppress(OSError, StopIteration):  # none of version 2
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
-        for group in (_CGROUP / own, *(_CGROUP / own).parents):
-            if group.is_relative_to(_CGROUP):
-                free = min(free, _free_in(group))
-    return int(free)
-
-
-def _free_in(group: Path) -> int | float:
-    """What a control group may still take; infinite without a limit. What it keeps of files can be given up."""
-    with suppress(OSError, ValueError, StopIteration):
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        lines = (group / "memory.stat").read_text().splitlines()
-        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        return limit - used + cached
-    return math.inf
-
-
 def _gpu_memory() -> int:
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    """What is free on this rank's GPU, with what its own context has taken of it, which the plan counts."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return min(total, free + CONTEXT)
 
 
 def _nvme(config: Config) -> int:

@@ -163,8 +163,10 @@ def watch(patience: float, hint: str) -> None:
         return
     address, listener, port, token = os.environ["MASTER_ADDR"], None, 0, secrets.token_hex()
     if is_main():
-        family = socket.getaddrinfo(address, None)[0][0]
-        listener = socket.create_server(("", 0), family=family, backlog=world_size())
+        # Other nodes may know this one by another family of addresses than it does itself.
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        listener = socket.create_server(("", 0), family=family, backlog=world_size(), dualstack_ipv6=dual)
         port = listener.getsockname()[1]
     theirs = gather((socket.gethostname(), port, token))
     _, port, token = theirs[0]
@@ -230,8 +232,9 @@ def failing_together() -> Iterator[None]:
 def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
     """Run `main` in the process group and exit; an error ends all ranks within seconds, with codes that are not 0.
 
-    A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, and anything else a traceback
-    and exit code 1. The rank that failed first prints it, after a line of each other rank that says that it ends.
+    A user's mistake is one line and exit code 2, a scheduler's signal one line and 75, an interrupt one line and
+    130, and anything else a traceback and exit code 1. The rank that failed first prints it, after a line of each
+    other rank that says that it ends.
     """
     code = 0
     signals.watch()
@@ -254,7 +257,7 @@ def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
 
 def _end(error: BaseException) -> int:
     """Print an error where it is this rank's to print, and return the exit code."""
-    kinds = {UserError: 2, Preempted: signals.EXIT_CODE}
+    kinds = {UserError: 2, Preempted: signals.EXIT_CODE, KeyboardInterrupt: 130}
     otherwise = signals.EXIT_CODE if signals.received() else 1
     code = next((code for kind, code in kinds.items() if isinstance(error, kind)), otherwise)
     is_agreed = isinstance(error, UserError | Preempted) and error.agreed
@@ -266,7 +269,8 @@ def _end(error: BaseException) -> int:
         if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
             return verdict.code
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]
-        verdict = _watchdog.accuse(str(error) if isinstance(error, tuple(kinds)) else first_line, code)
+        told = (str(error) or "interrupted") if isinstance(error, tuple(kinds)) else first_line
+        verdict = _watchdog.accuse(told, code)
         if verdict.rank != rank():
             return verdict.code
     if isinstance(error, UserError):
@@ -275,6 +279,9 @@ def _end(error: BaseException) -> int:
     elif isinstance(error, Preempted):
         if os.environ.get("RANK", "0") == "0" or (_watchdog is not None and not is_agreed):
             print(error)
+    elif isinstance(error, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") == "0" or _watchdog is not None:
+            print("\ninterrupted; the same command goes on from what is saved")
     else:
         print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
         traceback.print_exception(error)

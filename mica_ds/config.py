@@ -1,7 +1,6 @@
-"""A run's settings: what each key means, and which of transformers' and DeepSpeed's own are refused."""
+"""A run's settings: what each key means, and which do not go together."""
 
 import json
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +10,14 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
-    TypeAdapter,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
 from mica_ds.errors import UserError
-from mica_ds.settings import Section, nearest, read_settings
+from mica_ds.settings import Section, read_settings
 from mica_ds.stores import check_uri
+from mica_ds.upstream import check_deepspeed, check_training_arguments
 
 
 class ModelSettings(Section):
@@ -159,40 +157,6 @@ class Config(Section):
     """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 
 
-# TrainingArguments that follow from our own keys; a second way to set them would let the two disagree.
-DERIVED_ARGUMENTS = {
-    "output_dir": "output_dir",
-    "deepspeed": "deepspeed",
-    "gradient_accumulation_steps": "data.global_batch",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "report_to": "tracking",
-    "use_cpu": "the machine",
-}
-
-# Those that would be accepted and then do nothing here, fail late, or change which samples a step sees.
-_FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
-UNSUPPORTED_ARGUMENTS = {
-    "eval_strategy": "set evaluate.every instead",
-    "eval_on_start": "what `evaluate` names is always scored before training",
-    "load_best_model_at_end": "set checkpoint.export=best instead",
-    "resume_from_checkpoint": "set resume instead",
-    "save_total_limit": "set checkpoint.keep instead",
-    "save_only_model": "a checkpoint is always complete",
-    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always make a checkpoint",
-    "ignore_data_skip": "a resumed run goes on at the next sample",
-    "hub_token": "nothing is sent to a hub, and a token would be kept in the run folder",
-    "push_to_hub": "nothing is sent to a hub",
-    "use_liger_kernel": "the loss is made by tiles already",
-    "label_smoothing_factor": "the loss is that of the labels alone",
-    "average_tokens_across_devices": "the loss is always the mean over the predicted tokens of all ranks",
-    "optim": "the JSON of `deepspeed` names the optimizer",
-    "auto_find_batch_size": "set train.per_device_train_batch_size",
-    "train_sampling_strategy": _FIXED_ORDER,
-    "accelerator_config": _FIXED_ORDER,
-}
-
-
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a run's settings as `read_settings` does, and check those that depend on others or are passed on. Local.
 
@@ -200,8 +164,8 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """
     config = read_settings(Config, path, overrides)
     _check_evaluation(path, config)
-    arguments = _check_training_arguments(path, config.train)
-    _check_deepspeed(config.deepspeed)
+    arguments = check_training_arguments(path, config.train)
+    check_deepspeed(config.deepspeed)
     check_uri(config.tracking.uri)
     return config.model_copy(update={"train": arguments})
 
@@ -233,48 +197,3 @@ def _check_evaluation(path: Path, config: Config) -> None:
         raise UserError(
             f"{path}: evaluate.max_forgetting needs evaluate.retention, and evaluate.patience or checkpoint.export=best"
         )
-
-
-def _check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Check names and types against transformers' dataclass, whose own constructor checks neither."""
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    known = [name for name in TrainingArguments.__dataclass_fields__ if name not in DERIVED_ARGUMENTS]
-    checked = {}
-    for key, value in arguments.items():
-        if key in DERIVED_ARGUMENTS:
-            raise UserError(f"{path}: train.{key} follows from {DERIVED_ARGUMENTS[key]}; set that instead")
-        if key in UNSUPPORTED_ARGUMENTS:
-            raise UserError(f"{path}: train.{key} is not supported: {UNSUPPORTED_ARGUMENTS[key]}")
-        if key not in known:
-            raise UserError(f"{path}: unknown key train.{key}{nearest(key, known, ['train'])}")
-        try:
-            checked[key] = TypeAdapter(hints[key]).validate_python(value)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise UserError(f"{path}: train.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
-    return checked
-
-
-def _check_deepspeed(path: Path) -> None:
-    try:
-        settings = json.loads(path.read_text())
-        zero = settings["zero_optimization"]
-        stage = zero["stage"]
-    except OSError as error:
-        raise UserError(f"deepspeed: {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"deepspeed: {path} is not JSON with zero_optimization.stage") from None
-    if stage != 3:
-        raise UserError(f"deepspeed: {path} asks for ZeRO stage {stage}; mica_ds works on the shards of stage 3")
-    places = ((settings, "comet"), (settings, "optimizer"), (zero, "offload_param"), (zero, "offload_optimizer"))
-    for place, section in places:
-        if not isinstance(place.get(section, {}), dict):
-            raise UserError(f"deepspeed: {path}: {section} is no section with keys and values; leave it out for none")
-    if "api_key" in settings.get("comet", {}):
-        raise UserError(f"deepspeed: {path} holds comet.api_key, which MLflow would get with the file: take it out")
-    if "scheduler" in settings:
-        raise UserError(f"deepspeed: {path} has a scheduler; set train.lr_scheduler_type instead")
-    if settings.get("optimizer", {}).get("type") not in ("Adam", "AdamW"):
-        raise UserError(f"deepspeed: {path} has no optimizer of type Adam or AdamW, whose moments a checkpoint holds")

@@ -87,6 +87,8 @@ class Evaluator:
         `engine` is DeepSpeed's, of the base or of an adapter on it that adds nothing yet; `weights` is the fingerprint
         of its weights. Raises: UserError where the cache cannot be written.
         """
+        if not (self._questions or self._domain or self._retention):
+            return self.score(engine)
         model = engine.module.get_base_model() if hasattr(engine.module, "peft_config") else engine.module
         settings = [part.to_json_string(use_diff=False) for part in (model.config, model.generation_config)]
         settings.append(model.config._attn_implementation)

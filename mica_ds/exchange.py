@@ -13,14 +13,15 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from mica_ds import comm, factor, solver, symmetric
+from mica_ds import comm, factor, process, solver, symmetric
 from mica_ds.shards import Matrix, Shard, whole_at
 
 _TILE = 512  # rows of a Gram that are summed at a time
+# Compute capabilities of P100, V100, A100, H100 and B200; other GPUs have a 32nd of fp32's speed or less.
+_FAST_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,7 @@ class Machine:
 
 def measure_machine(itemsize: int) -> Machine:
     """Look at the ranks' memory. Collective."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    nodes = comm.gather((socket.gethostname(), available))
+    nodes = comm.gather((socket.gethostname(), process.free_memory()))
     hosts = [host for host, _ in nodes]
     return Machine(comm.world_size(), itemsize, min(free // hosts.count(host) for host, free in nodes))
 
@@ -63,11 +62,10 @@ def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") 
 def choose_device(matrix: Matrix, asked: str = "auto") -> torch.device:
     """Where the owner solves a matrix that was shipped to it: on its GPU, if that pays, or on its CPU. Local.
 
-    It pays where fp64 runs at half the speed of fp32 (A100, H100: a compute capability of x.0; others have a 64th of
-    it), and there is room for W, its Gram, the factor and the blocks.
+    It pays where fp64 runs at half the speed of fp32, and there is room for W, its Gram, the factor and the blocks.
     """
     host = torch.device("cpu")
-    if asked == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability()[1] != 0:
+    if asked == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability() not in _FAST_FP64:
         return host
     k, long = min(matrix.shape), max(matrix.shape)
     needed = 4 * k * long + 3 * 8 * k * k + (1 << 30)

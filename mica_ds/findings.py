@@ -82,10 +82,14 @@ def read_run(run: Run) -> Result:
 
     Raises: UserError without multiple-choice questions, or where another version has left what lacks something.
     """
-    summary = json.loads((run.folder / "summary.json").read_text())
+    try:
+        summary = json.loads((run.folder / "summary.json").read_text())
+        right = {f"right_{when}": _right(run.folder / "evaluation" / f"{when}.jsonl") for when in ("before", "after")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.folder} cannot be read ({error!r}); remove the folder to run it again") from None
     names = {field.name for field in dataclasses.fields(Result)}
     known: dict[str, Any] = {key: value for key, value in summary.items() if key in names}
-    known |= {f"right_{when}": _right(run.folder / "evaluation" / f"{when}.jsonl") for when in ("before", "after")}
+    known |= right
     known |= {"arm": run.arm, "learning_rate": run.learning_rate, "seed": run.seed}
     try:
         return TypeAdapter(Result).validate_python(known)

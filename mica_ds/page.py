@@ -78,7 +78,7 @@ def write_page(
         config=config,
         summary=summary,
         method=_METHODS[config.adapter.method],
-        model_parameters=sum(math.prod(tensor.shape) for tensor in open_checkpoint(config.model.path).values()),
+        model_parameters=_model_parameters(config, summary),
         epochs=max(entry.get("epoch", 0.0) for entry in history),
         texts=_texts(config),
         **_scores(summary, history),
@@ -94,6 +94,12 @@ def write_page(
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
+
+
+def _model_parameters(config: Config, summary: dict[str, Any]) -> int:
+    if config.adapter.method == "full":  # a resumed run has not read the base, which may be gone
+        return summary["trainable_parameters"]
+    return sum(math.prod(tensor.shape) for tensor in open_checkpoint(config.model.path).values())
 
 
 def _scores(summary: dict[str, Any], history: list[dict[str, float]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PROCESS = 640 * MIB
 """Python with its libraries and the tokenizer, before a model is loaded (measured)."""
 _ENGINE = 104 * MIB  # DeepSpeed's engine, and modules loaded late, on the host (measured with 700 parameters)
 _SCRATCH = 32 * MIB  # what MKL packs matrices into, and threads take, on ranks without a GPU (measured)
-_CONTEXT = 2 * GIB  # CUDA, cuBLAS and NCCL on a GPU (assumed, not measured)
+CONTEXT = 2 * GIB  # CUDA, cuBLAS and NCCL on a GPU (assumed, not measured)
 _FP64_BUFFER = 32 * MIB  # the part of a matrix that the solver casts to fp64 at a time
 
 
@@ -131,7 +131,7 @@ def _footprint(model: str, adapter: str, batch: Batch) -> Footprint:
 
 
 def _constant(zero: Zero) -> list[Part]:
-    device = [Part("context", "gpu", _CONTEXT)] if zero.device == "gpu" else []
+    device = [Part("context", "gpu", CONTEXT)] if zero.device == "gpu" else []
     return [Part("process", "host", PROCESS), *device]
 
 

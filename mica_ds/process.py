@@ -1,17 +1,22 @@
-"""What a process needs before it meets others: its rank, a compiler, DeepSpeed, and its part of the cores."""
+"""What a process has to know of its machine before it meets others: its rank, compiler, GPUs, cores and memory."""
 
+import math
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from threadpoolctl import threadpool_limits
 
 from mica_ds.errors import UserError
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def find_ranks() -> None:
@@ -128,3 +133,25 @@ def share_cores(ranks: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
         torch.set_num_threads(threads)
         threadpool_limits(threads)  # OpenBLAS in numpy and scipy
+
+
+def free_memory() -> int:
+    """Bytes that are free on this host, or in the control groups that a job runs in, where that is less. Local."""
+    free: int | float = psutil.virtual_memory().available
+    with suppress(OSError, StopIteration):  # none of version 2
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        for group in (_CGROUP / own, *(_CGROUP / own).parents):
+            if group.is_relative_to(_CGROUP):
+                free = min(free, _free_in(group))
+    return int(free)
+
+
+def _free_in(group: Path) -> int | float:
+    """What a control group may still take; infinite without a limit. What it keeps of files can be given up."""
+    with suppress(OSError, ValueError, StopIteration):
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        return limit - used + cached
+    return math.inf

@@ -1,5 +1,6 @@
 """Questions about the documents: multiple choice, and such as are answered in words; their format and their marking."""
 
+import math
 import re
 import string
 from collections import Counter
@@ -24,15 +25,18 @@ class Choice:
     """The index of the right option."""
 
     def mark(self, losses: list[float]) -> dict[str, Any]:
-        """The row of results for the summed losses (nats) of the options; normalised, for each character. Local."""
+        """The row of results for the summed losses (nats) of the options; normalised, for each character. Local.
+
+        A model that has diverged (NaN) chooses none.
+        """
         normalised = [loss / len(option) for loss, option in zip(losses, self.options, strict=True)]
-        chosen = losses.index(min(losses))
+        chosen = _least(losses)
         return {
             "question": self.question,
             "answer": self.answer,
             "chosen": chosen,
             "right": chosen == self.answer,
-            "right_normalised": normalised.index(min(normalised)) == self.answer,
+            "right_normalised": _least(normalised) == self.answer,
             "losses": losses,
         }
 
@@ -91,6 +95,12 @@ def _question(where: str, row: Any) -> Choice | Open:
     if type(answer) is not int or not 0 <= answer < len(options):
         raise UserError(f'{where}: "answer" must be the index of the right option, 0 to {len(options) - 1}')
     return Choice(row["question"], options, answer)
+
+
+def _least(losses: list[float]) -> int | None:
+    """The index of the lowest; None where one is NaN, or all are infinite."""
+    is_sound = not any(map(math.isnan, losses)) and math.isfinite(min(losses))
+    return losses.index(min(losses)) if is_sound else None
 
 
 def _words(text: str) -> list[str]:

@@ -180,8 +180,7 @@ def evaluate(config: Config) -> None:
     if checkpoint:
         checked_weights(config, model, checkpoint)
         modules = _targets(config, model)
-        bases = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
-        model = attach(config, model, modules, bases, checkpoint)
+        model = attach(config, model, modules, None, checkpoint)
     engine = inference_engine(config, model, args)
 
     def run_suites(name: str) -> dict[str, Marks]:

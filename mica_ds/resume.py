@@ -9,10 +9,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from mica_ds import comm
-from mica_ds.adapter import attach_adapter, frozen_factors, restore_adapter
+from mica_ds.adapter import attach_adapter, first_factors, frozen_factors
 from mica_ds.basis import Basis
 from mica_ds.best import is_out_of_patience, ranked_steps
-from mica_ds.checkpoint import read_frozen, read_history
+from mica_ds.checkpoint import read_frozen, read_history, read_tensors
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
@@ -135,11 +135,13 @@ def attach(
     basis: Basis | None,
     checkpoint: Path | None,
 ) -> nn.Module:
-    """The model with its adapter, and with a checkpoint's values where there is one. Collective. Raises: UserError."""
-    attached = attach_adapter(model, modules, config.adapter, basis)
-    if checkpoint is None or config.adapter.method == "full":
-        return attached
-    return restore_adapter(attached, checkpoint)
+    """The model with its adapter: a checkpoint's where there is one, else a new one. Local, before DeepSpeed has it."""
+    factors = None
+    if config.adapter.method != "full" and checkpoint:
+        factors = read_tensors(checkpoint)
+    elif basis:
+        factors = first_factors(modules, basis)
+    return attach_adapter(model, modules, config.adapter, factors)
 
 
 def frozen_tensors(

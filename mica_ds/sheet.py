@@ -11,11 +11,13 @@ from mica_ds.config import Config
 from mica_ds.costs import Costs, count_costs
 from mica_ds.memory import readable
 from mica_ds.plan import Plan, make_plan
+from mica_ds.upstream import check_zero
 from mica_ds.zero import Cluster
 
 
 def print_plan(config: Config, cluster: Cluster, as_json: bool) -> bool:
     """Print what a run takes on a cluster, and whether it fits, which is returned. Local. Raises: UserError."""
+    check_zero(config.deepspeed)
     plan = make_plan(config, cluster)
     costs = count_costs(config, plan)
     changes = nearest_fit(config, cluster) if plan.misfits else {}

@@ -83,7 +83,12 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
             failed.append(run)
             comm.say(f"{place} failed: {last_words(run.folder)} ({run.folder / LOG})")
             return
-        result = read_run(run)
+        try:
+            result = read_run(run)
+        except UserError as error:
+            failed.append(run)
+            comm.say(f"{place} failed: {error}")
+            return
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is exported is all that is still needed
         found = f"{result.knowledge:.1%} right, perplexity × {result.forgetting:.2f}, {result.train_seconds:.0f} s"
         if result.has_diverged:

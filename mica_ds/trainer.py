@@ -28,7 +28,8 @@ from mica_ds.tracking import Tracker
 class MicaTrainer(Trainer):
     """Writes and reads our checkpoints instead of DeepSpeed's, which hold the frozen base but not the frozen B.
 
-    Both methods are private, but no callback can replace them (transformers 5.23).
+    Besides, it times the wait for data, counts the tokens of sequences that ranks share, and makes the loss their mean.
+    The private methods are those that no callback can replace (transformers 5.23).
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from mica_ds.config import Source, load_config
 from mica_ds.errors import UserError
 from mica_ds.settings import save_settings
+from mica_ds.upstream import check_zero
 
 from .conftest import ROOT
 
@@ -78,6 +79,8 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("train.label_smoothing_factor=0.1", "train.label_smoothing_factor is not supported: the loss is that of the"),
         ("train.average_tokens_across_devices=false", "is not supported: the loss is always the mean over"),
         ("train.eval_on_start=true", "is not supported: what `evaluate` names is always scored before training"),
+        ("train.save_strategy=best", "train.save_strategy=best is not supported: set checkpoint.export=best instead"),
+        ("train.fsdp=full_shard", "train.fsdp is not supported: DeepSpeed shards the model"),
         ("train.optim=adafactor", "train.optim is not supported: the JSON of `deepspeed` names the optimizer"),
         ("checkpoint.keep=0", "checkpoint.keep: input should be greater than 0"),
         ("train.learning_rate=fast", "train.learning_rate: input should be a valid number"),
@@ -121,6 +124,9 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": "cpu"}}, "offload_optimizer is no section"),
         ({"optimizer": "AdamW"}, "optimizer is no section"),
         ({"optimizer": {"type": "Lion"}}, "has no optimizer of type Adam or AdamW"),
+        ({"gradient_clipping": 1.0}, 'must have "auto" for gradient_clipping, which follows from the config'),
+        ({"optimizer": {"type": "AdamW"}}, 'must have "auto" for optimizer.params.lr'),
+        ({"bf16": True}, 'must have "auto" for bf16.enabled'),
         ({"scheduler": {"type": "WarmupLR"}}, "has a scheduler; set train.lr_scheduler_type instead"),
     ],
 )
@@ -131,6 +137,29 @@ def test_a_deepspeed_json_that_does_not_fit_is_refused(
     (tmp_path / "deepspeed.json").write_text(json.dumps(settings | change))
     with pytest.raises(UserError, match=message):
         load_config(tiny_config(deepspeed=str(tmp_path / "deepspeed.json")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offload_parms": {}}, "zero_optimization.offload_parms: extra inputs are not permitted"),
+        (
+            {"stage3_max_live_parameters": "many"},
+            "zero_optimization.stage3_max_live_parameters: input should be",
+        ),
+        ({"offload_param": {"device": "tape"}}, "zero_optimization.offload_param.device: input should be "),
+        ({"stage3_param_persistence_threshold": "auto"}, ""),
+    ],
+)
+def test_what_deepspeed_does_not_know_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    settings = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({**settings, "zero_optimization": settings["zero_optimization"] | change}))
+    if message:
+        with pytest.raises(UserError, match=f"{file}: {message}"):
+            check_zero(file)
+    else:
+        check_zero(file)
 
 
 def test_resume_is_a_word_or_a_checkpoint(tiny_config: Callable[..., Path]) -> None:

@@ -1,6 +1,7 @@
 """Scores against plain forwards of each sequence alone; open questions; marks and their comparison."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from mica_ds.evaluate import Evaluator
 from mica_ds.inference import Runner, Sequence, batch_likelihoods, batches
 from mica_ds.questions import Choice, Open, read_questions
 from mica_ds.scores import Scores, compare, course, is_scored, perplexity, remove_rows, write_rows
+
+
+def test_a_model_that_has_diverged_knows_nothing() -> None:
+    question = Choice("?", ["a", "b"], 0)
+    for losses in ([math.nan, math.nan], [math.nan, 1.0], [1.0, math.nan], [math.inf, math.inf]):
+        row = question.mark(losses)
+        assert (row["chosen"], row["right"], row["right_normalised"]) == (None, False, False)
+    assert question.mark([1.0, math.inf])["right"]
 
 
 def test_padded_batches_score_as_each_sequence_alone(tiny_model: Callable[[str], Path]) -> None:

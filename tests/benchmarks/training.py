@@ -103,11 +103,12 @@ def compute_bases(folder: Path, dtype: str) -> None:
 
 def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds import comm
-    from mica_ds.adapter import attach_adapter, target_modules
+    from mica_ds.adapter import attach_adapter, first_factors, target_modules
     from mica_ds.arguments import accumulation_steps, training_arguments
     from mica_ds.basis import build_basis
     from mica_ds.data import build_dataset
     from mica_ds.evaluate import Evaluator
+    from mica_ds.fingerprint import WEIGHTS
     from mica_ds.model import load_model, load_tokenizer
     from mica_ds.shards import PartitionSource
     from mica_ds.shelf import remove_checkpoints
@@ -128,8 +129,9 @@ def train_ours(folder: Path, dtype: str) -> Found:
         basis = build_basis(
             PartitionSource(modules), config.adapter, config.basis, args.seed, config.output_dir / "basis"
         )
-        model = attach_adapter(model, modules, config.adapter, basis)
-        trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin={}, frozen={}, facts={})
+        model = attach_adapter(model, modules, config.adapter, first_factors(modules, basis))
+        origin = {WEIGHTS: ""}
+        trainer = build_trainer(config, model, args, dataset, evaluator, tracker, origin, frozen={}, facts={})
         trainer.add_callback(meter)
         trainer.train()
     return meter.found

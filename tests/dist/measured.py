@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mica_ds import capacity, cli, comm, recipe
+from mica_ds import cli, comm, process, recipe
 from mica_ds.callback import RunCallback
 from mica_ds.meter import rss
 
@@ -44,5 +44,5 @@ if __name__ == "__main__":
     recipe.load_model = _noting
     RunCallback.on_step_begin, RunCallback.on_step_end = _counting, _counted  # type: ignore[method-assign]
     if "FREE_MIB" in os.environ:
-        capacity._host_memory = lambda: int(os.environ["FREE_MIB"]) << 20
+        process.free_memory = lambda: int(os.environ["FREE_MIB"]) << 20
     cli.app()

@@ -326,6 +326,13 @@ def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
     assert stopped.seconds < 10
 
 
+def test_an_interrupt(other: Run) -> None:
+    finished = other.train(2, signal=[signal.SIGINT, 4])  # to one of the two
+    assert finished.codes == [130, 130], finished.output
+    assert finished.output.count("interrupted; the same command goes on from what is saved") == 1
+    assert "Traceback" not in finished.output
+
+
 def test_steps_that_are_not_finite(other: Run) -> None:
     finished = other.train(2, not_finite=[3, 6, 7, 8, 9, 10])
     assert_refused(finished, "5 steps in a row, up to step 10", "train.learning_rate")

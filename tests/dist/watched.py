@@ -6,6 +6,7 @@ WATCH holds JSON: `folder` for the notes, and a list of the rows that were read 
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def main() -> None:
     from mica_ds import data, trainer  # imports DeepSpeed, which wants to be started first
 
     watch = json.loads(os.environ["WATCH"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     notes = Path(watch["folder"]) / f"{comm.rank()}.jsonl"
     is_last = comm.rank() == comm.world_size() - 1
     compute_loss = trainer.MicaTrainer.compute_loss
