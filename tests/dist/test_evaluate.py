@@ -146,17 +146,19 @@ def test_a_run_that_patience_ended_is_not_trained_again(run: Run) -> None:
 
 def test_three_ranks_score_other_questions_and_suites(run: Run) -> None:
     """The base model has to be scored anew: under the adapter, on more ranks than there are batches of answers."""
-    pytest.importorskip("lm_eval", reason="install mica_ds[suites]")
+    pytest.importorskip("lm_eval", reason="launch/setup.sh installs lm-eval")
     folder = run.folder.parent
     more = folder / "more.jsonl"
     more.write_text((folder / "questions.jsonl").read_text() + '\n{"question": "When?", "answer": "1907"}')
     data = write_hellaswag(folder / "data")
+    shutil.rmtree(run.folder / "basis")  # the checkpoint holds all that is needed
     overrides = [f"output_dir={run.folder}", f"evaluate.questions={more}"]
     overrides += ["evaluate.suites=[hellaswag]", f"evaluate.suites_data={data}"]
     finished = start_ranks(3, ["evaluate", str(run.config), *overrides])
     assert finished.codes == [0] * 3, finished.output
     found, summary = json.loads((run.folder / "evaluation.json").read_text()), run.summary()
     assert found["checkpoint"] == f"step-{summary['exported_step']:06d}"
+    assert not (run.folder / "basis").exists()
     for measure in ("knowledge", "domain", "retention"):
         for time in ("before", "after"):
             assert found[f"{measure}_{time}"] == pytest.approx(summary[f"{measure}_{time}"], rel=1e-4)
