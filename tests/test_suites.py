@@ -15,7 +15,7 @@ from mica_ds.suites import compare_suites, load_suites, score_suites
 
 from .suites import write_hellaswag, write_mmlu, write_truthfulqa
 
-lm_eval = pytest.importorskip("lm_eval", reason="install mica_ds[suites]")
+lm_eval = pytest.importorskip("lm_eval", reason="launch/setup.sh installs lm-eval")
 
 
 @pytest.fixture(autouse=True)
