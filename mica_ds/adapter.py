@@ -106,7 +106,8 @@ def attach_adapter(
     peft_model = _with_factors(model, modules, adapter, is_empty=factors is not None)
     if factors is not None:
         set_peft_model_state_dict(peft_model, factors, low_cpu_mem_usage=True)
-    for parameter in peft_model.parameters():
+    for name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(_trains(name, adapter.method))  # peft thaws an embedding's B where it casts it (0.21)
         if parameter.requires_grad or factors is not None:
             parameter.data = parameter.data.to(model.dtype)  # not `.to(model)`: it would round RoPE's fp32 buffers
     return peft_model
@@ -119,8 +120,14 @@ def adapter_skeleton(model: PreTrainedModel, modules: dict[str, nn.Module], adap
     peft_model = _with_factors(model, modules, adapter, is_empty=True)
     for name, parameter in peft_model.named_parameters():
         parameter.data = parameter.data.to(model.dtype)
-        parameter.requires_grad_("lora_A" in name or ("lora_B" in name and adapter.method == "lora"))
+        parameter.requires_grad_(_trains(name, adapter.method))
     return peft_model
+
+
+def _trains(name: str, method: str) -> bool:
+    """Whether a parameter of peft's model trains: A, and LoRA's B."""
+    factors = {"lora_A", "lora_embedding_A", *(("lora_B", "lora_embedding_B") if method == "lora" else ())}
+    return not factors.isdisjoint(name.split("."))
 
 
 def _with_factors(

@@ -51,7 +51,7 @@ def start() -> None:
     try:
         with redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    except dist.DistError as error:
+    except (dist.DistNetworkError, dist.DistStoreError) as error:  # not NCCL's own, which says more
         raise UserError(process.why_apart(error)) from None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -257,7 +257,7 @@ def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
 
 def _end(error: BaseException) -> int:
     """Print an error where it is this rank's to print, and return the exit code."""
-    kinds = {UserError: 2, Preempted: signals.EXIT_CODE, KeyboardInterrupt: 130}
+    kinds = {UserError: 2, Preempted: signals.EXIT_CODE, KeyboardInterrupt: signals.INTERRUPT_CODE}
     otherwise = signals.EXIT_CODE if signals.received() else 1
     code = next((code for kind, code in kinds.items() if isinstance(error, kind)), otherwise)
     is_agreed = isinstance(error, UserError | Preempted) and error.agreed
@@ -281,7 +281,7 @@ def _end(error: BaseException) -> int:
             print(error)
     elif isinstance(error, KeyboardInterrupt):
         if os.environ.get("RANK", "0") == "0" or _watchdog is not None:
-            print("\ninterrupted; the same command goes on from what is saved")
+            print("\ninterrupted")
     else:
         print(f"rank {os.environ.get('RANK', '0')} (host {socket.gethostname()}) failed:", file=sys.stderr)
         traceback.print_exception(error)

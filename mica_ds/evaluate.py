@@ -19,8 +19,8 @@ from mica_ds.files import replacing
 from mica_ds.inference import Likelihood, Runner, Sequence
 from mica_ds.questions import Choice, Open, prompt, read_questions
 from mica_ds.scores import Scores, perplexity
-from mica_ds.shelf import writing
 
+_VERSION = 1  # of what is kept of a base model's scores
 _LEAST_ANSWER = 16  # tokens that the model may answer with, and more where an accepted answer is longer
 
 
@@ -85,15 +85,16 @@ class Evaluator:
         """Score the base model, or take what an earlier run has found and left in the cache. Collective.
 
         `engine` is DeepSpeed's, of the base or of an adapter on it that adds nothing yet; `weights` is the fingerprint
-        of its weights. Raises: UserError where the cache cannot be written.
+        of its weights.
         """
         if not (self._questions or self._domain or self._retention):
             return self.score(engine)
         model = engine.module.get_base_model() if hasattr(engine.module, "peft_config") else engine.module
         settings = [part.to_json_string(use_diff=False) for part in (model.config, model.generation_config)]
         settings.append(model.config._attn_implementation)
-        place = [engine.device.type, torch.__version__, transformers.__version__]
-        key = hashlib.sha256(repr([self.digest, weights, settings, place]).encode()).hexdigest()
+        place = [engine.device.type, comm.world_size(), self.runner.batch_tokens, torch.__version__]
+        about = [_VERSION, self.digest, self._prompts(), weights, settings, place, transformers.__version__]
+        key = hashlib.sha256(repr(about).encode()).hexdigest()
         file, known = cache / f"{key}.json", None
         if comm.is_main():
             with suppress(OSError, ValueError):  # there is none, or a power cut has left it empty
@@ -102,21 +103,24 @@ class Evaluator:
             comm.say(f"evaluation: the base model's scores are known, from {file}")
             return Scores(**known)
         scores = self.score(engine)
-        with comm.failing_together():
-            if comm.is_main():
-                with writing(cache):
-                    cache.mkdir(parents=True, exist_ok=True)
-                    with replacing(file, is_shared=True) as partial:
-                        partial.write_text(json.dumps(scores.as_dict()), encoding="utf-8")
+        if comm.is_main():
+            with suppress(OSError):  # the next run scores it again
+                cache.mkdir(parents=True, exist_ok=True)
+                with replacing(file, is_shared=True) as partial:
+                    partial.write_text(json.dumps(scores.as_dict()), encoding="utf-8")
         return scores
+
+    def _prompts(self) -> list[list[int]]:
+        """The tokens of each open question."""
+        return [self.runner.tokenizer(prompt(q))["input_ids"] for q in self._questions if isinstance(q, Open)]
 
     def _answers(self, model: nn.Module) -> list[str]:
         """What the model says to each open question."""
         asked = [question for question in self._questions if isinstance(question, Open)]
-        tokenizer = self.runner.tokenizer
-        accepted = [len(tokenizer(answer)["input_ids"]) for question in asked for answer in question.answers]
-        prompts = [tokenizer(prompt(question))["input_ids"] for question in asked]
-        return self.runner.continuations(model, prompts, new_tokens=max([_LEAST_ANSWER, *(2 * n for n in accepted)]))
+        accepted = [len(self.runner.tokenizer(answer)["input_ids"]) for q in asked for answer in q.answers]
+        return self.runner.continuations(
+            model, self._prompts(), new_tokens=max([_LEAST_ANSWER, *(2 * n for n in accepted)])
+        )
 
 
 def _perplexity(sequences: list[Sequence], found: list[Likelihood]) -> float | None:

@@ -96,7 +96,7 @@ def read_run(run: Run) -> Result:
     except ValidationError as error:
         what = ", ".join(str(one["loc"][0]) for one in error.errors())
         raise UserError(
-            f"{run.folder}/summary.json lacks {what}: it is of another version; remove the folder to run it again"
+            f"{run.folder}/summary.json has no valid {what}: of another version; remove the folder to run it again"
         ) from None
 
 

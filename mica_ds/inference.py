@@ -43,7 +43,7 @@ class Runner:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> None:
         self.tokenizer = tokenizer
-        self._batch_tokens, self._padding = batch_tokens, tokenizer.eos_token_id
+        self.batch_tokens, self._padding = batch_tokens, tokenizer.eos_token_id
 
     def likelihoods(self, model: nn.Module, sequences: list[Sequence]) -> list[Likelihood]:
         """Of each sequence, on all ranks, by a model whose forward is ready (a DeepSpeed engine). Collective."""
@@ -71,7 +71,7 @@ class Runner:
         model.eval()
         mine: dict[int, Found] = {}
         with torch.no_grad():
-            for batch in _own_batches(batches(lengths, self._batch_tokens), name):
+            for batch in _own_batches(batches(lengths, self.batch_tokens), name):
                 mine.update(zip(batch, act(batch), strict=True))
         model.train(was_training)
         merged = {i: found for part in comm.gather(mine) for i, found in part.items()}

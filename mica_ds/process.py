@@ -68,7 +68,7 @@ def require_no_gpu() -> None:
 
     DS_ACCELERATOR=cpu says that it shall.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return
     if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0") or _lists_gpus():
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"

@@ -13,6 +13,9 @@ from mica_ds.errors import Preempted
 EXIT_CODE = os.EX_TEMPFAIL
 """75: nothing is wrong, start the same command again."""
 
+INTERRUPT_CODE = 130
+"""Of a program that an interrupt from its terminal has ended, as in shells."""
+
 _is_deferred = _is_received = _has_raised = False
 
 

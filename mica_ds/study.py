@@ -36,6 +36,8 @@ def conduct(study: StudySettings) -> None:
         raise UserError("a study starts its runs by itself: start it without a launcher, and set `launch` and `ranks`")
     for run in sweep(study):
         check_folder(study, run)
+        if run.is_finished:
+            read_run(run)  # which says what is wrong with one
     folder, tracking = study.output_dir, run_config(study, sweep(study)[0]).tracking
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from mica_ds.errors import UserError
 from mica_ds.journal import JOURNAL, Journal
 from mica_ds.sender import GRACE
 from mica_ds.settings import flatten
-from mica_ds.signals import EXIT_CODE
+from mica_ds.signals import EXIT_CODE, INTERRUPT_CODE
 from mica_ds.stores import SQLITE, check_folder, resolve_uri
 
 
@@ -66,7 +66,7 @@ class Tracker:
         made_by = {"world_size": len(hosts), "hosts": ", ".join(dict.fromkeys(hosts)), **about(), **changed}
         self._journal.start(self._uri)
         self.tags({f"attempt.{self._journal.attempt}.{key}": value for key, value in made_by.items()})
-        comm.at_abort(lambda code: self._journal.end("KILLED" if code == EXIT_CODE else "FAILED"))
+        comm.at_abort(lambda code: self._journal.end("KILLED" if code in (EXIT_CODE, INTERRUPT_CODE) else "FAILED"))
         self._sender = _start_sender(self._folder, self._uri)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:

@@ -41,10 +41,10 @@ run() {
     --kill-on-bad-exit=1 --label --output="$logs/%n-%N.log" --open-mode=append \
     "${CONTAINER[@]}" .venv/bin/python -m mica_ds "$@" ${SLURM_RESTART_COUNT:+resume=auto} || code=$?
 
-  # 75: stopped by a signal, with a checkpoint; 2: the user's mistake. After any other failure the nodes are asked: the
-  # ranks see that one is lost before SLURM does, which would requeue the job, were it not over by then.
+  # 75: stopped by a signal, with a checkpoint. After any failure the nodes are asked: the ranks see that one is lost
+  # before SLURM does, which would requeue the job, were it not over by then.
   case $code in
-    0 | 2) ;;
+    0) ;;
     75) scontrol requeue "$SLURM_JOB_ID" ;;
     *) nodes_answer || scontrol requeue "$SLURM_JOB_ID" ;;
   esac

@@ -156,6 +156,8 @@ def test_a_pipeline_that_cannot_be_meant_says_why(
         ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3 "),
         ({"CUDA_VISIBLE_DEVICES": "1,2,3", "NUM_RANKS": "2"}, "--include localhost:1,2 "),
         ({"CUDA_VISIBLE_DEVICES": ""}, "--num_accelerators 2 "),  # on the CPU
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "--num_accelerators 2 "),
+        ({"CUDA_VISIBLE_DEVICES": "2,3,4", "DS_ACCELERATOR": "cpu"}, "--num_accelerators 2 "),
     ],
 )
 def test_one_node_starts_a_rank_for_each_gpu_that_it_may_use(
@@ -167,10 +169,17 @@ def test_one_node_starts_a_rank_for_each_gpu_that_it_may_use(
     for name, text in (("nvidia-smi", "seq 0 3"), ("deepspeed", 'echo "$* ${CUDA_VISIBLE_DEVICES-unset}"')):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if key not in ("CUDA_VISIBLE_DEVICES", "NUM_RANKS")}
+    ours = ("CUDA_VISIBLE_DEVICES", "NUM_RANKS", "DS_ACCELERATOR")
+    clean = {key: value for key, value in os.environ.items() if key not in ours}
     environment = clean | {"PATH": f"{programs}:{os.environ['PATH']}"} | variables
     command = ["bash", str(tmp_path / "launch/train.sh"), "my.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"--no_local_rank {asked}--master_port 29500 --module mica_ds train my.yaml")
-    assert done.stdout.endswith(" unset\n" if variables.get("CUDA_VISIBLE_DEVICES") != "" else " \n")
+    if "--include" in asked:
+        assert done.stdout.endswith(" unset\n")
+    for wrong in ({"CUDA_VISIBLE_DEVICES": "GPU-8932f937"}, {"CUDA_VISIBLE_DEVICES": "1,2", "NUM_RANKS": "3"}):
+        told = environment | {"DS_ACCELERATOR": ""} | wrong
+        refused = subprocess.run(command, env=told, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: ")

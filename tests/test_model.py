@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from mica_ds.config import ModelSettings
+from mica_ds.adapter import attach_adapter, factor_name, target_modules
+from mica_ds.config import AdapterSettings, ModelSettings
 from mica_ds.errors import UserError
 from mica_ds.model import load_skeleton, load_tokenizer, read_model_config
+from mica_ds.shards import weight_shape
 
 
 @pytest.fixture
@@ -42,3 +46,17 @@ def test_what_is_no_language_model_is_refused(folder: Path) -> None:
     change(folder / "config.json", model_type="t5")
     with pytest.raises(UserError, match="holds a t5 model, which is no causal language model"):
         read_model_config(folder)
+
+
+def test_mica_trains_a_alone_also_where_peft_casts_the_factors(tiny_model: Callable[[str], Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.bfloat16)
+    adapter = AdapterSettings(method="mica", r=4, alpha=8, targets=["embed_tokens", "q_proj"])
+    modules = target_modules(model, adapter)
+    factors = {}
+    for name, module in modules.items():
+        rows, columns = weight_shape(module)
+        factors[factor_name(name, module, "A")] = torch.zeros(4, columns)
+        factors[factor_name(name, module, "B")] = torch.randn(rows, 4)
+    attached = attach_adapter(model, modules, adapter, factors)
+    trained = {name.rpartition("lora_")[2] for name, p in attached.named_parameters() if p.requires_grad}
+    assert trained == {"A.default.weight", "embedding_A.default"}

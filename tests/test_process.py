@@ -48,6 +48,7 @@ def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPa
         ({"SLURM_GPUS_ON_NODE": "8"}, True),
         ({"SLURM_GPUS_ON_NODE": "8", "DS_ACCELERATOR": "cpu"}, False),
         ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}, False),
+        ({"PATH": "with nvidia-smi", "CUDA_VISIBLE_DEVICES": "-1"}, False),
         ({"SLURM_GPUS_ON_NODE": "0"}, False),
         ({"PATH": "with nvidia-smi"}, True),
         ({"PATH": "with nvidia-smi", "DS_ACCELERATOR": "cpu"}, False),

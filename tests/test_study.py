@@ -313,7 +313,7 @@ def test_a_run_of_another_version_is_one_sentence(study: StudySettings) -> None:
     assert read_run(run) == result(run.arm, run.learning_rate, run.seed, "1", tokens=501, right_before="1")
     del facts["tokens"]
     (run.folder / "summary.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match=r"summary.json lacks tokens: it is of another version; remove the folder"):
+    with pytest.raises(UserError, match=r"summary.json has no valid tokens: of another version; remove"):
         read_run(run)
 
 

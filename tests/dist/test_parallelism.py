@@ -52,7 +52,7 @@ def runs(config: Path) -> dict[str, Run]:
     for name, (ranks, overrides) in LAYOUTS.items():
         # The base model's scores go from one run to another alone, so that each other one makes its own.
         known = name == "recomputed"
-        cache = config.parent / ("at once" if known else name)
+        cache = config.parent / ("accumulated" if known else name)
         finished = runs[name].train(ranks, *overrides, f"data.cache={cache}/tokens")
         assert finished.codes == [0] * ranks, finished.output
         assert ("the base model's scores are known" in finished.output) == known
@@ -89,10 +89,11 @@ def test_ranks_that_share_sequences_score_as_one_rank(runs: dict[str, Run]) -> N
 
 
 def test_the_base_model_is_scored_once(runs: dict[str, Run]) -> None:
-    first, second = ((runs[name].folder / "evaluation/before.jsonl").read_bytes() for name in ("at once", "recomputed"))
-    assert first == second
+    first, second = runs["accumulated"], runs["recomputed"]
+    answers = [(run.folder / "evaluation/before.jsonl").read_bytes() for run in (first, second)]
+    assert answers[0] == answers[1]
     for key in ("knowledge_before", "retention_before"):
-        assert runs["at once"].summary()[key] == runs["recomputed"].summary()[key]
+        assert first.summary()[key] == second.summary()[key]
 
 
 def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:
