@@ -128,4 +128,12 @@ def _explain(error: ValidationError, kind: type[Section]) -> str:
         return f"unknown key {key}{nearest(str(unknown), section.model_fields, where[:-1])}"
     if problem["type"] == "missing":
         return f"{key} is missing"
+    return complaint(key, error)
+
+
+def complaint(key: str, error: ValidationError) -> str:
+    """What pydantic finds wrong with a key's value, or first below it, as part of a sentence. Local."""
+    problem = error.errors()[0]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}"
     return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mica_ds.errors import UserError
-from mica_ds.settings import nearest
+from mica_ds.settings import complaint, nearest
 
 # TrainingArguments that follow from our own keys; a second way to set them would let the two disagree.
 _DERIVED = {
@@ -85,8 +85,7 @@ def check_training_arguments(path: Path, arguments: dict[str, Any]) -> dict[str,
         try:
             checked[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise UserError(f"{path}: train.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
+            raise UserError(f"{path}: {complaint(f'train.{key}', error)}") from None
     if checked.get("save_strategy") == "best":
         raise UserError(f"{path}: train.save_strategy=best is not supported: {_BEST}")
     return checked
@@ -129,6 +128,5 @@ def check_zero(path: Path) -> None:
     try:
         DeepSpeedZeroConfig(**json.loads(path.read_text())["zero_optimization"])
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["zero_optimization", *map(str, first["loc"])])
-        raise UserError(f"deepspeed: {path}: {key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        key = ".".join(["zero_optimization", *map(str, error.errors()[0]["loc"])])
+        raise UserError(f"deepspeed: {path}: {complaint(key, error)}") from None

@@ -142,7 +142,7 @@ def test_a_deepspeed_json_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"offload_parms": {}}, "zero_optimization.offload_parms: extra inputs are not permitted"),
+        ({"offload_parms": {}}, "unknown key zero_optimization.offload_parms"),
         (
             {"stage3_max_live_parameters": "many"},
             "zero_optimization.stage3_max_live_parameters: input should be",
