@@ -14,4 +14,3 @@ verb=${VERB:-train} ranks=${NUM_RANKS:-$gpus}
 if [ "$ranks" -eq 0 ]; then ranks=2; fi
 
 export PATH="$PWD/.venv/bin:$PATH"
-if [ -d .venv/ops ]; then export TORCH_EXTENSIONS_DIR="$PWD/.venv/ops"; fi

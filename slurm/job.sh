@@ -21,9 +21,6 @@ read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node differ; below the ports that Linux hands out
 export MASTER_ADDR MASTER_PORT
 
-export PATH="$PWD/.venv/bin:$PATH" # DeepSpeed compiles its ops with .venv's ninja
-if [ -d .venv/ops ]; then export TORCH_EXTENSIONS_DIR="$PWD/.venv/ops"; fi
-
 nodes_answer() {
   timeout 60 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
 }
