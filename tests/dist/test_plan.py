@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from mica_ds.config import load_config
 from mica_ds.costs import count_costs
+from mica_ds.footprint import count_footprint, micro_batch
 from mica_ds.plan import GIB, PROCESS, make_plan
 from mica_ds.zero import Cluster
 
@@ -62,6 +65,53 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
     if ranks > 1:
         received = [found[1]["gathered"] * (ranks - 1) / ranks for found in notes]
         assert received == pytest.approx([costs.gathered] * ranks, rel=0.01)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """The config of one step whose activations are most of its memory: 8 layers, 16 sequences of 256 tokens."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
+    settings = transformers.LlamaConfig(vocab_size=49152, num_hidden_layers=8, tie_word_embeddings=True, **shape)
+    transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(ROOT / "models/smollm2-135m").save_pretrained(tmp_path / "model")
+    return write_config(
+        tmp_path,
+        tmp_path / "model",
+        data={"sequence_length": 256, "global_batch": 16},
+        evaluate={"questions": None, "retention": None},
+        train={"per_device_train_batch_size": 16, "max_steps": 1},
+        deepspeed=str(ROOT / "configs/deepspeed/zero3.json"),
+    )
+
+
+def test_what_is_recomputed_is_not_kept(deep: Path, tmp_path: Path) -> None:
+    peaks, needs = [], []
+    for recomputed in ("false", "true"):
+        overrides = [f"train.activation_checkpointing={recomputed}", f"output_dir={tmp_path}/{recomputed}"]
+        found = start_fresh_ranks(1, ["train", str(deep), *overrides], "mica_ds", **ALLOCATOR)
+        assert found.codes == [0], found.output
+        peaks += json.loads((tmp_path / recomputed / "summary.json").read_text())["peak_rss_bytes"]
+        config = load_config(deep, overrides)
+        counted = count_footprint(config.model, config.adapter, micro_batch(config))
+        needs.append(counted.activations + max(counted.logits, counted.layer))
+    print(f"kept {peaks[0] >> 20} MiB, recomputed {peaks[1] >> 20} MiB; as planned {(needs[0] - needs[1]) >> 20}")
+    assert needs[0] > 4 * needs[1]
+    assert peaks[0] - peaks[1] == pytest.approx(needs[0] - needs[1], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_offloaded_is_not_kept_on_the_gpu(deep: Path, tmp_path: Path) -> None:
+    peaks = []
+    for offloaded in ("false", "true"):
+        overrides = ["train.activation_checkpointing=true", f"model.offload_activations={offloaded}"]
+        found = start_fresh_ranks(1, ["train", str(deep), *overrides, f"output_dir={tmp_path}/{offloaded}"], "mica_ds")
+        assert found.codes == [0], found.output
+        journal = map(json.loads, (tmp_path / offloaded / "journal.jsonl").open())
+        values = [entry["values"] for entry in journal if entry["kind"] == "metrics"]
+        peaks.append(max(found["device_peak_bytes"] for found in values if "device_peak_bytes" in found))
+    layers = 7 * 16 * 256 * 256 * 4  # the inputs of all but the one at work, fp32
+    assert peaks[0] - peaks[1] > 0.8 * layers
 
 
 def test_what_cannot_fit_is_refused_with_what_fits(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
