@@ -120,11 +120,12 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._meter.end_step()
         self._count_skipped(state.global_step)
-        self.is_preempted = comm.sum_(torch.tensor([float(signals.received())])).item() > 0
+        self.is_preempted = _has_any_received()
         if self._is_due(state) and not self.is_preempted:
             started = time.perf_counter()
             self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
             self._started += time.perf_counter() - started  # it is not training
+            self.is_preempted = _has_any_received()
         control.should_training_stop |= self.is_preempted
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
@@ -176,3 +177,8 @@ def _forget_order(engine: Any) -> None:
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
     offload.param_coordinator = coordinator
+
+
+def _has_any_received() -> bool:
+    """Whether any rank has got one of the signals. Collective."""
+    return comm.sum_(torch.tensor([float(signals.received())])).item() > 0

@@ -2,7 +2,7 @@
 
 `step-N/` holds the trainable parameters and Adam's moments in fp32 (`model-*`, `exp_avg-*` and `exp_avg_sq-*`),
 MiCA's frozen B (`frozen`), each rank's random states (`random.json`), transformers' `trainer_state.json`, and in
-`state.json` the rest: steps, scheduler, what the checkpoint belongs to, and the SHA-256 of every other file.
+`state.json` the rest: steps, scheduler, what the checkpoint belongs to, and the SHA-256 of every file.
 """
 
 import json
@@ -21,10 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mica_ds import comm
 from mica_ds.errors import UserError
-from mica_ds.files import file_hash
+from mica_ds.files import file_hash, sync
 from mica_ds.optimizer import MASTER, MOMENTS, fill_states, gather_states, optimizer_step
 from mica_ds.shards import fill_partition
-from mica_ds.shelf import STATE, checkpoint_folder, read_state, rotate, sync
+from mica_ds.shelf import checkpoint_folder, read_state, rotate, write_state
 from mica_ds.weights import open_checkpoint
 
 _RANDOM, _FROZEN = "random.json", "frozen.safetensors"
@@ -72,8 +72,8 @@ def save_checkpoint(
                 progress.save_to_json(str(partial / TRAINER_STATE_NAME))
                 hashes = {file.name: _sync_and_hash(file) for file in sorted(partial.iterdir())}
                 steps = {"step": progress.global_step, "optimizer_step": optimizer_step(engine)}
-                (partial / STATE).write_text(json.dumps({**steps, **about, "files": hashes}, indent=1))
-                sync(partial / STATE)
+                write_state(partial, {**steps, **about, "files": hashes})
+                sync(partial)
                 os.replace(partial, target)
                 sync(folder)
             except (OSError, SafetensorError) as failure:

@@ -16,16 +16,24 @@ import psutil
 def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     """Gives a path to write to, which takes the file's place at the end and is removed at an error. Local.
 
-    `is_shared`: other jobs may write the same file now. Nothing is flushed to the disk: after a power cut the file may
-    be the earlier one, or empty.
+    `is_shared`: other jobs may write the same file now. What is written is on the disk before it has its name: after a
+    power cut the file may be the earlier one, but not empty.
     """
     unfinished = partial(file) if is_shared else file.with_name(f"{file.name}.partial")
     try:
         yield unfinished
+        sync(unfinished)
         os.replace(unfinished, file)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Local."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def partial(target: Path) -> Path:

@@ -18,6 +18,7 @@ from mica_ds.errors import UserError
 
 _GIB = 1 << 30
 _activations = 0  # bytes of a micro-batch, once they are counted
+_REFUSALS = "[Cc]an(no|')t allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 _PHASES = {  # the first of these modules on the stack says what the memory was for
     "mica_ds.inference": "evaluating",
     "mica_ds.checkpoint": "writing a checkpoint",
@@ -67,11 +68,11 @@ def trim() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch's allocator on the host raises a plain RuntimeError (2.13)."""
+    """torch (2.13) raises plain RuntimeErrors for the host's memory, pinned memory and cuBLAS's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return is_refused or re.search("[Cc]an(no|')t allocate memory", str(error)) is not None
+    return is_refused or re.search(_REFUSALS, str(error)) is not None
 
 
 def _advice(config: Config, phase: str) -> str:

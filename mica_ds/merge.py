@@ -22,11 +22,11 @@ from mica_ds import comm
 from mica_ds.config import Config, fixed_settings
 from mica_ds.deltas import MANIFEST, Merge
 from mica_ds.errors import UserError
-from mica_ds.files import file_hash
+from mica_ds.files import file_hash, sync
 from mica_ds.fingerprint import WEIGHTS, fingerprint_parameters
 from mica_ds.meter import peak_rss, rss
 from mica_ds.pieces import Piece, read, share
-from mica_ds.shelf import check_origin, put_in_place, read_state, sync, writing
+from mica_ds.shelf import check_origin, put_in_place, read_state, writing
 
 _THREADS = 4
 
@@ -80,8 +80,6 @@ def merge_checkpoint(config: Config, checkpoint: Path) -> Path:
                 for file in partial.glob("notes-*.jsonl"):
                     file.unlink()
                 (partial / MANIFEST).write_text(json.dumps({**origin, "files": hashes}, indent=1))
-                for file in partial.iterdir():
-                    sync(file)
                 put_in_place(partial, target)
     seconds = time.perf_counter() - started
     if kept:

@@ -42,6 +42,7 @@ from mica_ds.resume import (
     is_complete,
     is_own,
     made_of,
+    restarted,
     scores_before,
     start_point,
 )
@@ -57,6 +58,7 @@ from mica_ds.weights import open_checkpoint
 def train(config: Config) -> None:
     """Bases, training, evaluation before and after, export, tracking and a closing table. Collective."""
     folder = open_run_folder(config)
+    config = restarted(config)
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
@@ -81,9 +83,10 @@ def train(config: Config) -> None:
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
+    discard_after(past, folder)  # once all that a user may have got wrong has been checked
     settings = config.model_dump(mode="json")
     with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
-        record_beginning(config, about_data, tracker)  # once all that a user may have got wrong has been checked
+        record_beginning(config, about_data, tracker)
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:
             tracker.metrics(basis.costs())
@@ -93,7 +96,6 @@ def train(config: Config) -> None:
         trim()
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
-        discard_after(past, folder)
         scores = None
         if not is_over:
             frozen = frozen_tensors(modules, basis, checkpoint)

@@ -17,6 +17,7 @@ from mica_ds.files import replacing
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
+from mica_ds.resume import note_job
 from mica_ds.scores import course, remove_rows
 from mica_ds.settings import save_settings
 from mica_ds.shelf import read_state, remove_checkpoints, writing
@@ -52,13 +53,14 @@ def record_beginning(config: Config, about_data: dict[str, Any], tracker: Tracke
 
 
 def discard_after(step: int, folder: Path) -> None:
-    """Remove what an earlier start has left of later steps, and its summary. Collective. Raises: UserError."""
+    """Begin: remove what an earlier start has left of later steps, and its summary. Collective. Raises: UserError."""
     with comm.failing_together():
         if comm.is_main():
             with writing(folder):
                 remove_checkpoints(folder / "checkpoints", after=step)
                 remove_rows(folder, after=step)
                 (folder / SUMMARY).unlink(missing_ok=True)
+                note_job(folder)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Whether a run begins, goes on or is over, and what a checkpoint must agree with for that."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mica_ds.report import SUMMARY
 from mica_ds.scores import MEASURES, Scores
 from mica_ds.shelf import STATE, check_origin, checkpoint_folder, find_best, find_checkpoint, read_state
 
+_JOB = "slurm-job"  # holds the number of the SLURM job that has begun a run
 _SCORED = "evaluate (SHA-256 of its questions and text)"
 
 
@@ -56,6 +58,25 @@ def fingerprints(origin: dict[str, Any], basis: Basis | None) -> dict[str, str]:
     """What says which weights a run is made of, for its records. Local."""
     found = {"fingerprint.model": origin[WEIGHTS]}
     return {**found, "fingerprint.basis": basis.manifest["fingerprint"]} if basis else found
+
+
+def restarted(config: Config) -> Config:
+    """The config, with resume=auto where SLURM starts a job again that has begun its run. Collective.
+
+    A path or `never` is meant for the job's first start, which drops what it tells to drop. A path still holds where
+    the job has come to no checkpoint of its own.
+    """
+    number, file = os.environ.get("SLURM_JOB_ID"), config.output_dir / _JOB
+    has_begun = "SLURM_RESTART_COUNT" in os.environ and file.is_file() and file.read_text() == number
+    is_past = config.resume == "never" or any((config.output_dir / "checkpoints").glob("step-*"))
+    is_over = comm.gather(has_begun and is_past)[0]  # a file that is new comes late to other nodes
+    return config.model_copy(update={"resume": "auto"}) if is_over else config
+
+
+def note_job(folder: Path) -> None:
+    """Note that this SLURM job has begun its run, for `restarted`. Local, on rank 0."""
+    if number := os.environ.get("SLURM_JOB_ID"):
+        (folder / _JOB).write_text(number)
 
 
 def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int, bool]:

@@ -1,5 +1,6 @@
 """A folder of checkpoints: which are whole, which one to go on from, and which stay."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from safetensors import SafetensorError
 
 from mica_ds import comm
 from mica_ds.errors import UserError
-from mica_ds.files import file_hash
+from mica_ds.files import file_hash, sync
 
 STATE = "state.json"
 _PARTIAL = ".partial"
+_KINDS = (".safetensors", ".json")  # of a checkpoint's files: transformers would unpickle some others
 
 
 def checkpoint_folder(folder: Path, step: int) -> tuple[Path, Path]:
@@ -27,6 +29,16 @@ def checkpoint_folder(folder: Path, step: int) -> tuple[Path, Path]:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What `save_checkpoint` was told about a checkpoint, and its steps. Local."""
     return json.loads((checkpoint / STATE).read_text())
+
+
+def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write that, with a hash of its own: it holds the hashes of all other files. Local."""
+    (checkpoint / STATE).write_text(json.dumps({**state, "sha256": _digest(state)}, indent=1))
+    sync(checkpoint / STATE)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
 
 def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
@@ -103,8 +115,11 @@ def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file is as it was written."""
     try:
         state = read_state(checkpoint)
-        if strangers := {file.name for file in checkpoint.iterdir()} - {STATE, *state["files"]}:
-            return f"{checkpoint / min(strangers)} does not belong to a checkpoint"  # transformers would unpickle some
+        if state.pop("sha256") != _digest(state):
+            return f"{checkpoint / STATE} is damaged"
+        names = {file.name for file in checkpoint.iterdir()}
+        if strangers := {name for name in names if name not in (STATE, *state["files"]) or not name.endswith(_KINDS)}:
+            return f"{checkpoint / min(strangers)} does not belong to a checkpoint"
         for name, expected in state["files"].items():
             if file_hash(checkpoint / name) != expected:
                 return f"{checkpoint / name} is damaged"
@@ -145,15 +160,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(partial)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Local."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def put_in_place(partial: Path, target: Path) -> None:
     """Give a folder that is whole its name, instead of what had it before. Local, on one rank."""
+    for path in (*partial.iterdir(), partial):
+        sync(path)
     old = target.with_name(f"{target.name}.old{_PARTIAL}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

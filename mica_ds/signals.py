@@ -16,12 +16,19 @@ EXIT_CODE = os.EX_TEMPFAIL
 INTERRUPT_CODE = 130
 """Of a program that an interrupt from its terminal has ended, as in shells."""
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _is_deferred = _is_received = _has_raised = False
+
+
+def watch_imports() -> None:
+    """End at once at the two signals, until `watch`: no library's import has to bear an exception. Local."""
+    for number in _SIGNALS:
+        signal.signal(number, _leave)
 
 
 def watch() -> None:
     """Take notice of the two signals from now on. Local, on the main thread."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, _handle)
 
 
@@ -38,10 +45,19 @@ def defer(is_deferred: bool) -> None:
         raise Preempted("stopped by a signal; start again to go on")
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(sys.stdout.fileno(), _told(number).encode() + b"\n")
+    os._exit(EXIT_CODE)
+
+
+def _told(number: int) -> str:
+    return f"stopped by {signal.Signals(number).name}; start again to go on"
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     global _is_received, _has_raised
     _is_received = True
     # An exception that is being handled may be the end of a rank that got its signal first: it goes on its way.
     if not _has_raised and not _is_deferred and sys.exception() is None:
         _has_raised = True
-        raise Preempted(f"stopped by {signal.Signals(number).name}; start again to go on")
+        raise Preempted(_told(number))

@@ -24,7 +24,7 @@ from mica_ds.contents import hash_files
 from mica_ds.documents import find_files, refusal, stored_files, where, where_all
 from mica_ds.encoding import SIGNATURE
 from mica_ds.errors import UserError
-from mica_ds.files import abandoned, locked, partial
+from mica_ds.files import abandoned, locked, partial, sync
 from mica_ds.workers import encode_files
 
 _VERSION = 2
@@ -131,6 +131,8 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
                 _write(unfinished, files, key, tokenizer, may_skip)
                 if _entry(files, tokenizer, folder.parent) != folder.name:
                     raise UserError(f"{key}: a file was changed while it was read; start again when all are written")
+                for path in unfinished.iterdir():
+                    sync(path)
                 os.replace(unfinished, folder)
             except OSError:
                 if not _is_whole(folder):  # without locks, another job may have been faster

@@ -175,8 +175,15 @@ def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:
 
 def start_fresh_ranks(ranks: int, arguments: list[str], program: str, **variables: str) -> Finished:
     """`start_ranks` by programs that share no memory, for what is measured of it or set at a program's start."""
+    return finish(start_fresh(ranks, arguments, program, **variables))
+
+
+def start_fresh(
+    ranks: int, arguments: list[str], program: str = "mica_ds", **variables: str
+) -> list[subprocess.Popen[str]]:
+    """The same, without waiting for the end."""
     command = [sys.executable, "-m", program, *arguments]
-    return finish([_popen(command, ROOT, place) for place in _places(ranks, variables)])
+    return [_popen(command, ROOT, place) for place in _places(ranks, variables)]
 
 
 def _popen(command: list[str], cwd: Path, variables: dict[str, str]) -> subprocess.Popen[str]:

@@ -1,7 +1,6 @@
 """A run folder with a checkpoint that no training has made: random factors, on the weights of a config's model."""
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from mica_ds.config import load_config
 from mica_ds.fingerprint import mixed_sum
 from mica_ds.model import DTYPES, load_skeleton
+from mica_ds.shelf import write_state
 
 
 def forge_checkpoint(file: Path, *overrides: str) -> Path:
@@ -53,7 +53,7 @@ def forge_checkpoint(file: Path, *overrides: str) -> Path:
         config.model.path, model, DTYPES[config.model.dtype]
     )
     files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-    (folder / "state.json").write_text(json.dumps({"step": 1, "origin": origin, "files": files}))
+    write_state(folder, {"step": 1, "origin": origin, "files": files})
     return folder
 
 

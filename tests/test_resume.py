@@ -14,9 +14,10 @@ from mica_ds.cache import write_manifest
 from mica_ds.config import Config, load_config
 from mica_ds.errors import UserError
 from mica_ds.files import file_hash
-from mica_ds.record import save_probe
-from mica_ds.resume import chosen_checkpoint, is_own
+from mica_ds.record import discard_after, save_probe
+from mica_ds.resume import chosen_checkpoint, is_own, restarted
 from mica_ds.scores import MEASURES
+from mica_ds.shelf import write_state
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def put(config: Config, step: int, history: list[dict[str, float]]) -> Path:
     checkpoint.mkdir(parents=True)
     log = checkpoint / "trainer_state.json"
     log.write_text(json.dumps({"log_history": history}))
-    (checkpoint / "state.json").write_text(json.dumps({"step": step, "files": {log.name: file_hash(log)}}))
+    write_state(checkpoint, {"step": step, "files": {log.name: file_hash(log)}})
     return checkpoint
 
 
@@ -58,10 +59,43 @@ def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config:
     assert is_own(own, config)
     assert is_own(copy, config)
     assert is_own(None, config)
-    (copy / "state.json").write_text(json.dumps({"step": 4, "files": {"model-00001.safetensors": "another"}}))
+    write_state(copy, {"step": 4, "files": {"model-00001.safetensors": "another"}})
     assert not is_own(copy, config)
-    (copy / "state.json").write_text(json.dumps({"step": 6, "files": {}}))
+    write_state(copy, {"step": 6, "files": {}})
     assert not is_own(copy, config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "job", "restarts", "checkpoints", "expected"),
+    [
+        ("never", "17", "1", 0, "auto"),
+        ("never", "17", None, 1, "never"),  # begun, but the same command is given again by hand
+        ("never", "16", "1", 1, "never"),  # the requeued job had not come to dropping the other's
+        ("PATH", "17", "1", 1, "auto"),
+        ("PATH", "17", "1", 0, "PATH"),
+        ("PATH", "16", "1", 1, "PATH"),
+    ],
+)
+def test_what_a_job_was_told_holds_until_it_has_begun(
+    asked: str,
+    job: str,
+    restarts: str | None,
+    checkpoints: int,
+    expected: str,
+    config: Config,
+    alone: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config.output_dir.mkdir()
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    for step in range(checkpoints):
+        put(config, step, [])
+    discard_after(checkpoints, config.output_dir)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    found = restarted(config.model_copy(update={"resume": Path("PATH") if asked == "PATH" else asked}))
+    assert str(found.resume) == expected
 
 
 def test_what_cannot_be_written_is_one_sentence(tmp_path: Path, alone: None) -> None:

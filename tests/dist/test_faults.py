@@ -70,6 +70,7 @@ def test_a_rank_that_returns_early_is_named(tiny_config: Callable[..., Path], tm
     assert finished.seconds < LIMIT
     said = [line for line in lines if f"rank 1 (host {HOST}) came to its end before the others" in line]
     assert len(said) == 2, lines
+    assert lines[-1] in said
     assert "Traceback" not in "\n".join(lines)
 
 

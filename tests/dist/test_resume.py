@@ -18,8 +18,10 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from mica_ds.config import load_config
+from mica_ds.files import file_hash
+from mica_ds.shelf import write_state
 
-from ..conftest import ROOT, Finished, finish, launch_ranks, start_ranks, write_config, write_nvme_settings
+from ..conftest import ROOT, Finished, finish, launch_ranks, start_fresh, start_ranks, write_config, write_nvme_settings
 from .test_bad_input import assert_refused
 
 pytestmark = pytest.mark.dist
@@ -57,6 +59,11 @@ class Run:
 
     def state(self, step: int) -> dict[str, Any]:
         return json.loads((self.checkpoint(step) / "state.json").read_text())
+
+    def forge(self, step: int, **state: Any) -> None:
+        """Let a checkpoint say something else about itself."""
+        known = {key: value for key, value in self.state(step).items() if key != "sha256"}
+        write_state(self.checkpoint(step), known | state)
 
     def losses(self, step: int = STEPS) -> list[float]:
         """Of all steps up to one, those of earlier starts included."""
@@ -179,8 +186,7 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
     other.take(reference, 7, 8, 9)
     damaged = other.checkpoint(9) / "exp_avg-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
-    best = other.checkpoint(7) / "state.json"
-    best.write_text(json.dumps({**other.state(7), "loss": 0.0}))
+    other.forge(7, loss=0.0)
     (other.folder / "checkpoints" / "step-000010.partial").mkdir()
     finished = other.train(1, "checkpoint.keep=2")
     assert finished.codes == [0], finished.output
@@ -220,11 +226,22 @@ def test_a_damaged_chosen_checkpoint_is_refused(reference: Run, other: Run) -> N
 
 def test_damaged_checkpoints_alone_are_no_new_beginning(reference: Run, other: Run) -> None:
     other.take(reference, 8)
+    known = other.state(8)["files"]
     stranger = other.checkpoint(8) / "rng_state.pth"  # a name that transformers would unpickle
     stranger.touch()
-    assert_refused(other.train(1), f"none of the checkpoints in {other.folder}/checkpoints is whole")
-    assert other.checkpoints() == ["step-000008"]
+    refused = other.train(1)
+    assert_refused(refused, f"none of the checkpoints in {other.folder}/checkpoints is whole")
+    assert f"warning: {stranger} does not belong to a checkpoint" in refused.output
+    other.forge(8, files={**known, stranger.name: file_hash(stranger)})  # which its author may have listed, too
+    assert f"warning: {stranger} does not belong to a checkpoint" in other.train(1).output
     stranger.unlink()
+    other.forge(8, files=known)
+    state = other.checkpoint(8) / "state.json"
+    good = state.read_text()
+    state.write_text(good.replace('"optimizer_step": 8', '"optimizer_step": 9'))
+    assert f"warning: {state} is damaged" in other.train(1).output
+    assert other.checkpoints() == ["step-000008"]
+    state.write_text(good)
     finished = other.train(1, "train.learning_rate=1e-3", "train.lr_scheduler_type=constant")
     assert finished.codes == [0], finished.output
     assert "'learning_rate': '0.001'" in finished.output  # a rate that was lowered meanwhile counts
@@ -326,6 +343,43 @@ def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
     assert stopped.seconds < 10
 
 
+def test_a_signal_while_libraries_are_imported(config: Path, tmp_path: Path) -> None:
+    """A job that begins as its time ends is requeued, too."""
+    (rank,) = start_fresh(1, ["train", str(config), f"output_dir={tmp_path}/run"])
+    caught = 1 << signal.SIGUSR1 - 1
+    while not int(Path(f"/proc/{rank.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) & caught:
+        time.sleep(0.001)
+    rank.send_signal(signal.SIGUSR1)
+    stopped = finish([rank])
+    assert stopped.codes == [os.EX_TEMPFAIL], stopped.output
+    assert stopped.output == "stopped by SIGUSR1; start again to go on\n"
+
+
+def test_a_signal_in_an_evaluation(other: Run) -> None:
+    """No further step is taken, which could be one too many before a scheduler's patience ends."""
+    watch = {"signal_in_evaluation": [signal.SIGUSR1, 2]}
+    stopped = other.train(2, "train.save_steps=50", "evaluate.every=3", **watch)
+    assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
+    assert other.checkpoints() == ["step-000003"]
+
+
+def test_a_job_that_slurm_starts_again_goes_on_from_its_own(
+    reference: Run, other: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other.take(reference, 7)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    stopped = other.train(2, "resume=never", signal=[signal.SIGTERM, 2])
+    assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
+    assert other.checkpoints() == ["step-000001", "step-000002"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = other.train(2, "resume=never", "train.max_steps=4")
+    assert again.codes == [0, 0], again.output
+    assert f"resume: {other.checkpoint(2)}, 2 steps to go" in again.output
+    assert sorted(other.seen()) == [3, 4]
+    journal = [json.loads(line) for line in (other.folder / "journal.jsonl").open()]
+    assert [line["kind"] for line in journal].count("run") == 1
+
+
 def test_an_interrupt(other: Run) -> None:
     finished = other.train(2, signal=[signal.SIGINT, 4])  # to one of the two
     assert finished.codes == [130, 130], finished.output
@@ -333,14 +387,22 @@ def test_an_interrupt(other: Run) -> None:
     assert "Traceback" not in finished.output
 
 
-def test_steps_that_are_not_finite(other: Run) -> None:
-    finished = other.train(2, not_finite=[3, 6, 7, 8, 9, 10])
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [
+        ("not_finite", []),
+        ("infinite", ["model.dtype=bfloat16", f"deepspeed={ROOT}/configs/deepspeed/zero3.json"]),
+    ],
+)
+def test_steps_that_are_not_finite(what: str, settings: list[str], other: Run) -> None:
+    finished = other.train(2, *settings, **{what: [3, 6, 7, 8, 9, 10]})
     assert_refused(finished, "5 steps in a row, up to step 10", "train.learning_rate")
     assert finished.codes == [2, 2]
     assert finished.output.count("its loss or gradient is not finite") == 6
     assert other.state(9)["run"]["skipped_steps"] == 5
     assert other.state(9)["optimizer_step"] == 4
-    assert [math.isfinite(loss) for loss in other.losses(9)] == [step not in (3, 6, 7, 8, 9) for step in range(1, 10)]
+    lost = (3, 6, 7, 8, 9) if what == "not_finite" else ()
+    assert [math.isfinite(loss) for loss in other.losses(9)] == [step not in lost for step in range(1, 10)]
     for key in ("model", "exp_avg", "exp_avg_sq"):
         tensors = [load_file(other.checkpoint(s) / f"{key}-00001.safetensors") for s in (2, 3, 4, 5, 9)]
         for name, tensor in tensors[0].items():

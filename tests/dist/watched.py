@@ -1,9 +1,11 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
 WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank;
-`not_finite`: the steps whose loss is NaN on the last rank; `signal`: [number, step], sent to the last rank by itself.
+`not_finite`: the steps whose loss is NaN on the last rank; `infinite`: those whose gradient is infinite there;
+`signal`: [number, step], sent to the last rank by itself; `signal_in_evaluation`: [number, evaluation], likewise.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -16,7 +18,7 @@ from mica_ds import cli, comm
 
 
 def main() -> None:
-    from mica_ds import data, trainer  # imports DeepSpeed, which wants to be started first
+    from mica_ds import data, evaluate, trainer  # imports DeepSpeed, which wants to be started first
 
     watch = json.loads(os.environ["WATCH"])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
@@ -32,6 +34,8 @@ def main() -> None:
         if is_last and watch.get("signal", [0, 0])[1] == step:
             os.kill(os.getpid(), watch["signal"][0])
         loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if is_last and step in watch.get("infinite", []):
+            loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss * torch.nan if is_last and step in watch.get("not_finite", []) else loss
 
     def watched_read(self: Any, indices: list[int]) -> Any:
@@ -39,6 +43,14 @@ def main() -> None:
             file.writelines(f"{index}\n" for index in indices)
         return read(self, indices)
 
+    score, scored = evaluate.Evaluator.score, itertools.count(1)
+
+    def watched_score(self: Any, engine: Any) -> Any:
+        if is_last and watch.get("signal_in_evaluation", [0, 0])[1] == next(scored):
+            os.kill(os.getpid(), watch["signal_in_evaluation"][0])
+        return score(self, engine)
+
+    evaluate.Evaluator.score = watched_score
     trainer.MicaTrainer.compute_loss = watched_loss
     data.Sequences.__getitems__ = watched_read
 

@@ -7,7 +7,8 @@ its files show that a phase has begun, and a random moment has passed, a random 
 same command is given again until it ends well. A moment passes where all ranks had ended within 30 s with codes that
 are not 0 and had named the lost rank, the final loss and every tensor of the adapter equal the undisturbed run's to
 1e-5, and the run folder holds exactly the files that the undisturbed run's holds. Three more moments: SIGTERM and
-SIGUSR1 to both ranks, which must end with code 75, and SIGSTOP to one, which the other must name.
+SIGUSR1 to both ranks, which must end with code 75, and SIGSTOP to one, which the other must name. Checkpoints and
+exports are slowed (`slow.py`), so that they can be hit; a moment that misses what it was meant for does not pass.
 """
 
 import argparse
@@ -51,10 +52,10 @@ def _is_evaluating_again(run: Path, output: str) -> bool:
 
 PHASES: dict[str, tuple[Sight, float]] = {  # with the seconds over which moments are spread from then on
     "training": (_steps_done(3), 0.6),
-    "writing a checkpoint": (lambda run, output: any(run.glob("checkpoints/*.partial")), 0.03),
+    "writing a checkpoint": (lambda run, output: any(run.glob("checkpoints/*.partial")), 0.2),
     # The log is printed just before.
-    "gathering for a checkpoint": (_steps_done(SAVE_EVERY), 0.005),
-    "exporting": (lambda run, output: (run / "adapter.partial").exists(), 0.01),
+    "gathering for a checkpoint": (_steps_done(SAVE_EVERY), 0.15),
+    "exporting": (lambda run, output: (run / "adapter.partial").exists(), 0.05),
     "recording": (lambda run, output: (run / "adapter").exists(), 1.0),
     "loading": (lambda run, output: " sequences of " in output, 0.3),
     "bases": (lambda run, output: (run / "basis").is_dir(), 0.05),
@@ -131,19 +132,20 @@ class Campaign:
         try:
             resumed_from = self._start_to_the_end(run)
             differences = self._compare(run, faults)
+            faults += _misses(moment, left, resumed_from[0])
         except RuntimeError as error:
             faults.append(str(error))
         heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
         return Outcome(moment, seconds, codes, heard[1] if heard else "", left, resumed_from, *differences, faults)
 
-    def _start(self, run: Path) -> tuple[list[Program], Path]:
+    def _start(self, run: Path, program: str = "mica_ds") -> tuple[list[Program], Path]:
         log = run.with_suffix(".log")
         with log.open("w") as file:
             arguments = ["train", str(self._config), f"output_dir={run}", f"data.cache={run}-cache"]
-            return launch_ranks(RANKS, arguments, output=file, OMP_NUM_THREADS="1"), log
+            return launch_ranks(RANKS, arguments, program, file, OMP_NUM_THREADS="1"), log
 
     def _disturb(self, run: Path, moment: Moment) -> tuple[float, list[int], str]:
-        processes, log = self._start(run)
+        processes, log = self._start(run, "tests.faults.slow")
         has_begun, _ = PHASES[moment.phase]
         try:
             while not has_begun(run, log.read_text()) and all(process.poll() is None for process in processes):
@@ -206,6 +208,18 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
     elif not output.strip().splitlines()[-1].startswith(f"error: rank {moment.ranks[0]} (host"):
         faults.append("the lost rank was not named at last")
     return faults
+
+
+def _misses(moment: Moment, left: list[str], resumed_from: int) -> list[str]:
+    """What a moment was meant for, where it came before or after it."""
+    first = f"checkpoints/step-{SAVE_EVERY:06d}.partial"
+    is_hit = {
+        "writing a checkpoint": left == [first],
+        "gathering for a checkpoint": not left and resumed_from == 0,
+        "exporting": left == ["adapter.partial"],
+        "training": resumed_from < STEPS,
+    }
+    return [] if is_hit.get(moment.phase, True) else [f"came beside {moment.phase}"]
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
