@@ -30,6 +30,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 KillWait=10
+JobRequeue=0
 SlurmdTimeout=10
 MessageTimeout=5
 ReturnToService=2

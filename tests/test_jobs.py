@@ -52,14 +52,33 @@ def test_a_job_has_one_task_for_each_gpu(verb: str, tmp_path: Path) -> None:
     done = submit(tmp_path, verb, "my.yaml", "train.seed=3", **ALLOCATED)
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "srun").read_text()
-    assert asked.startswith("--ntasks=16 --ntasks-per-node=8 --distribution=block ")
+    assert asked.startswith("--ntasks=16 --ntasks-per-node=8 --distribution=block --cpu-bind=none --export=ALL ")
     assert asked.endswith(f" .venv/bin/python -m mica_ds {verb} my.yaml train.seed=3\n")
     assert (tmp_path / "meeting").read_text() == "n7 11234\n"  # the first node, and a port of the job's own
-    again = submit(tmp_path, verb, "my.yaml", **ALLOCATED, SLURM_NTASKS_PER_NODE="2", SLURM_RESTART_COUNT="1")
-    assert again.returncode == 0, again.stderr
-    asked = (tmp_path / "srun").read_text()
-    assert asked.startswith("--ntasks=4 --ntasks-per-node=2 ")  # where it is said, on nodes without GPUs
-    assert asked.endswith(f" {verb} my.yaml resume=auto\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "ranks"),
+    [
+        ({"SLURM_NTASKS_PER_NODE": "2"}, 2),  # a site without --gpus-per-node
+        ({"SLURM_GPUS_PER_NODE": "0", "SLURM_NTASKS_PER_NODE": "2"}, 2),  # bases, on nodes with GPUs
+        ({"SLURM_GPUS_PER_NODE": "1"}, 1),  # of all that --exclusive gives
+        ({"SLURM_GPUS_PER_NODE": "a100:4", "SLURM_NTASKS_PER_NODE": "1"}, 4),  # the latter is a shell's in salloc
+    ],
+)
+def test_as_many_ranks_as_were_asked_for(variables: dict[str, str], ranks: int, tmp_path: Path) -> None:
+    done = submit(tmp_path, "train", "my.yaml", **ALLOCATED, **variables)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "srun").read_text().startswith(f"--ntasks={2 * ranks} --ntasks-per-node={ranks} ")
+
+
+@pytest.mark.parametrize(
+    ("verb", "seconds"), [("train", 300), ("basis", 60), ("evaluate", None), ("export", None), ("doctor", None)]
+)
+def test_a_job_is_told_before_its_time_ends(verb: str, seconds: int | None) -> None:
+    script = (ROOT / f"slurm/{verb}.sbatch").read_text()
+    assert ("#SBATCH --requeue\n" in script) is (verb != "doctor")
+    assert (f"#SBATCH --signal=USR1@{seconds}\n" in script) is bool(seconds)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +114,12 @@ def test_a_job_that_cannot_be_meant_says_why(
     assert not (tmp_path / "srun").exists()
 
 
-def test_an_array_numbers_its_folders(tmp_path: Path) -> None:
-    settings = ["output_dir=runs/study-%a", "train.seed=%a"]
-    done = submit(tmp_path, "train", "my.yaml", *settings, **ALLOCATED, SLURM_ARRAY_TASK_ID="3")
-    assert done.returncode == 0, done.stderr
+def test_an_array_numbers_its_folders_and_requeues_one_by_one(tmp_path: Path) -> None:
+    settings, last = ["output_dir=runs/study-%a", "train.seed=%a"], ALLOCATED["SLURM_JOB_ID"]
+    array = {"SLURM_ARRAY_JOB_ID": last, "SLURM_ARRAY_TASK_ID": "3", "CODE": "75"}
+    done = submit(tmp_path, "train", "my.yaml", *settings, **ALLOCATED, **array)
+    assert done.returncode == 75, done.stderr
+    assert (tmp_path / "scontrol").read_text() == f"requeue {last}_3\n"  # without _3 it would be all of them
     assert (tmp_path / "srun").read_text().endswith(" my.yaml output_dir=runs/study-3 train.seed=3\n")
 
 
