@@ -1,7 +1,9 @@
 """Cached tokens to training sequences, in which no document sees another, in an order that follows from the seed."""
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,7 @@ from mica_ds.errors import UserError
 from mica_ds.tokens import Tokens, open_tokens
 
 _BLOCK = 1000  # choices between corpus and replay that are drawn at once
+_AT_ONCE = 1 << 18  # tokens whose labels are counted, and documents that are packed
 
 
 @dataclass(frozen=True)
@@ -134,18 +137,27 @@ def cut_rows(tokens: Tokens, length: int, pack: bool) -> np.ndarray:
     elif not tokens.manifest["chats"]:
         rows = _pieces(starts[:1], starts[-1:], length)
     else:
-        begins, stops = [int(starts[0])], []
-        chats = tokens.origins[:, 2].tolist()
-        for start, stop, is_chat in zip(starts[:-1].tolist(), starts[1:].tolist(), chats, strict=True):
-            if is_chat and start > begins[-1] and stop - start <= length < stop - begins[-1]:
-                stops.append(start)
-                begins.append(start)
-            while stop - begins[-1] >= length:
-                stops.append(begins[-1] + length)
-                begins.append(stops[-1])
-        rows = np.stack([begins, [*stops, int(starts[-1])]], axis=1)
+        cuts = np.fromiter(_cuts(tokens, length), dtype=np.int64)
+        rows = np.stack([cuts[:-1], cuts[1:]], axis=1)
         rows = rows[rows[:, 1] > rows[:, 0]]
     return rows[_predicts(tokens, rows)]
+
+
+def _cuts(tokens: Tokens, length: int) -> Iterator[int]:
+    """Where rows begin that cut no chat which would fit into one, and where the last one ends."""
+    begin = int(tokens.starts[0])
+    yield begin
+    for first in range(0, len(tokens.origins), _AT_ONCE):
+        bounds = itertools.pairwise(tokens.starts[first : first + _AT_ONCE + 1].tolist())
+        chats = tokens.origins[first : first + _AT_ONCE, 2].tolist()
+        for (start, stop), is_chat in zip(bounds, chats, strict=True):
+            if is_chat and start > begin and stop - start <= length < stop - begin:
+                begin = start
+                yield begin
+            while stop - begin >= length:
+                begin += length
+                yield begin
+    yield int(tokens.starts[-1])
 
 
 def _pieces(starts: np.ndarray, stops: np.ndarray, length: int) -> np.ndarray:
@@ -160,7 +172,12 @@ def _predicts(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
     """Which rows have a label, where they follow one another without a gap."""
     if not tokens.manifest["chats"]:  # a text has two tokens at least, so any two in a row predict
         return rows[:, 1] - rows[:, 0] > 1
-    labels = np.add.reduceat(tokens.is_learnt, rows[:, 0], dtype=np.int64)
+    number = max(1, _AT_ONCE // int((rows[:, 1] - rows[:, 0]).max()))
+    labels = np.empty(len(rows), dtype=np.int64)
+    for first in range(0, len(rows), number):  # reduceat (numpy 2.4) makes an int64 of each token it is given
+        some = rows[first : first + number]
+        learnt = tokens.is_learnt[some[0, 0] : some[-1, 1]]
+        labels[first : first + number] = np.add.reduceat(learnt, some[:, 0] - some[0, 0], dtype=np.int64)
     firsts = np.union1d(rows[:, 0], tokens.starts[:-1])
     firsts = firsts[tokens.is_learnt[firsts]]  # which nothing precedes
     return labels > np.bincount(np.searchsorted(rows[:, 0], firsts, side="right") - 1, minlength=len(rows))

@@ -4,6 +4,7 @@ import bisect
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,31 @@ def source_files(source: Path, on_error: Callable[[OSError], None] | None = None
     """
     if not source.is_dir() or _is_dataset(source):
         return [source]
-    found, seen = [], set()
+    found = []
+    for datasets, files in _walk(source, on_error):
+        found += [*datasets, *(file for file in files if file.suffix.lower() in ENDINGS)]
+    return sorted(found)
+
+
+def unread_files(source: Path) -> dict[str, int]:
+    """How many files of a folder have an ending that is not read (`.docx`, or none), by ending. Local.
+
+    The most first, without hidden files and folders.
+    """
+    if not source.is_dir() or _is_dataset(source):
+        return {}
+    found = Counter(
+        file.suffix.lower()
+        for _, files in _walk(source, None)
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(source).parts)
+    )
+    return {ending: found[ending] for ending in sorted(found, key=lambda e: (-found[e], e)) if ending not in ENDINGS}
+
+
+def _walk(source: Path, on_error: Callable[[OSError], None] | None) -> Iterator[tuple[list[Path], list[Path]]]:
+    """The saved datasets and the files of each folder in a folder, itself included."""
+    seen = set()
     for name, folders, files in os.walk(source, onerror=on_error, followlinks=True):
         folder = Path(name)
         if (real := folder.resolve()) in seen:
@@ -89,10 +114,8 @@ def source_files(source: Path, on_error: Callable[[OSError], None] | None = None
         seen.add(real)
         folders.sort()
         datasets = [inner for inner in folders if _is_dataset(folder / inner)]
-        found += [folder / inner for inner in datasets]
         folders[:] = [inner for inner in folders if inner not in datasets]
-        found += [folder / file for file in files if Path(file).suffix.lower() in ENDINGS]
-    return sorted(found)
+        yield [folder / inner for inner in datasets], [folder / file for file in files]
 
 
 def _refuse(error: OSError) -> NoReturn:

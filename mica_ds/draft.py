@@ -21,9 +21,9 @@ from mica_ds import comm
 from mica_ds.documents import Broken, find_files, read, refusal, split, where_all
 from mica_ds.errors import UserError
 from mica_ds.files import replacing
+from mica_ds.questions import ASKING, GAP
 
 WRONG = 3  # options besides the right one
-GAP = "____"
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])")
 _NOT_PROSE = re.compile(r"\s*(#|\||```|~~~|<|\{|=+$|-+$)")
@@ -117,7 +117,7 @@ def draft_questions(documents: list[SourceText], number: int, seed: int) -> list
         taken.add(sentence)
         drafts[file].append(
             {
-                "question": f"What belongs in the gap? {sentence[: term.start]}{GAP}{sentence[term.stop :]}",
+                "question": f"{ASKING}{sentence[: term.start]}{GAP}{sentence[term.stop :]}",
                 "options": options,
                 "answer": options.index(term.text),
                 "source": str(file),

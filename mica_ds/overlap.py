@@ -9,10 +9,11 @@ import numpy as np
 
 from mica_ds import comm
 from mica_ds.config import Config
-from mica_ds.data import Sequences
-from mica_ds.documents import read_jsonl
+from mica_ds.data import Sequences, Texts
+from mica_ds.documents import unread_files
 from mica_ds.encoding import SHINGLE, SIGNATURE, hash_ngrams, hash_words
 from mica_ds.files import replacing
+from mica_ds.questions import read_statements
 from mica_ds.tokens import Tokens
 
 REPORT = "data.json"
@@ -22,7 +23,10 @@ NGRAM = 8
 """Words in a row by which a question is looked for in the corpus; of a shorter one all, if it has SHORTEST."""
 SHORTEST = 4
 CONTAINED = 0.5
-"""Share of a question's n-grams in the corpus from which it is said to stand there."""
+"""Share of a question's n-grams in the corpus above which it is said to stand there.
+
+Half of them is not enough: of nine words the last may be all that is told, or asked.
+"""
 _BANDS = 16
 _AT_ONCE = 1 << 22  # words
 _NAMED = 20  # of the worst that are named
@@ -31,19 +35,20 @@ _NAMED = 20  # of the worst that are named
 def examine(config: Config, dataset: Sequences) -> dict[str, Any]:
     """What is to know about a run's data, as `data.json` holds it, and say it. Collective, though rank 0 alone works.
 
-    Taken from the run folder where that has it for the same data and questions. Raises: UserError where the questions
-    cannot be read.
+    Taken from the run folder where that has it for the same data, questions and numbers of files that are not read.
+    Raises: UserError where the questions cannot be read.
     """
     found: dict[str, Any] = {}
     with comm.failing_together():
         if comm.is_main():
-            questions = _questions(config.evaluate.questions)
-            identity = hashlib.sha256(json.dumps([dataset.digest(), questions]).encode()).hexdigest()
+            questions = read_statements(config.evaluate.questions)
+            unread = [unread_files(texts.source.path) for texts in dataset.texts]
+            identity = hashlib.sha256(json.dumps([dataset.digest(), questions, unread]).encode()).hexdigest()
             found = _known(config.output_dir / REPORT, identity) or {
                 "identity": identity,
                 "sequence_length": config.data.sequence_length,
                 "sequences": len(dataset),
-                "sources": [_source(texts) for texts in dataset.texts],
+                "sources": [_source(*each) for each in zip(dataset.texts, unread, strict=True)],
                 **_compared([texts.tokens for texts in dataset.texts if texts.purpose == "corpus"], questions),
             }
             _say(found)
@@ -64,6 +69,7 @@ def counts(found: dict[str, Any]) -> dict[str, float]:
     return {
         **{f"data_{key}": value for key, value in sums.items()},
         "data_broken": sum(len(source["broken"]) for source in found["sources"]),
+        "data_unread": sum(sum(source["unread"].values()) for source in found["sources"]),
         "data_sequences": found["sequences"],
         "data_near_duplicates": found["near_duplicates"]["number"],
         "data_questions_in_corpus": found["questions_in_corpus"]["number"],
@@ -78,7 +84,7 @@ def _known(file: Path, identity: str) -> dict[str, Any] | None:
         return None
 
 
-def _source(texts: Any) -> dict[str, Any]:
+def _source(texts: Texts, unread: dict[str, int]) -> dict[str, Any]:
     manifest = texts.tokens.manifest
     return {
         "path": str(texts.source.path),
@@ -87,15 +93,16 @@ def _source(texts: Any) -> dict[str, Any]:
         "files": len(texts.tokens.files),
         **{key: manifest[key] for key in ("documents", "chats", "tokens", "words", "empty")},
         "broken": texts.tokens.broken(),
+        "unread": unread,
         "sequences": len(texts.rows),
     }
 
 
-def _compared(corpus: list[Tokens], questions: list[str]) -> dict[str, Any]:
+def _compared(corpus: list[Tokens], questions: list[tuple[str, str]]) -> dict[str, Any]:
     pairs = near_duplicates([tokens.signatures for tokens in corpus])
-    shares = contained(questions, [tokens.words for tokens in corpus])
-    judged = [(share, question) for share, question in zip(shares, questions, strict=True) if share is not None]
-    high = [pair for pair in judged if pair[0] >= CONTAINED]
+    shares = contained([statement for _, statement in questions], [tokens.words for tokens in corpus])
+    judged = [(share, question) for share, (question, _) in zip(shares, questions, strict=True) if share is not None]
+    high = [pair for pair in judged if pair[0] > CONTAINED]
     return {
         "near_duplicates": {
             "number": len(pairs),
@@ -109,8 +116,8 @@ def _compared(corpus: list[Tokens], questions: list[str]) -> dict[str, Any]:
         "questions_in_corpus": {
             "number": len(high),
             "of": len(judged),
-            "method": f"share of a question's {NGRAM}-word sequences found in the corpus, at least {CONTAINED}; "
-            f"of one with {SHORTEST} to {NGRAM - 1} words, all of it",
+            "method": f"share of a question's {NGRAM}-word sequences found in the corpus, more than {CONTAINED}; "
+            f"of one with {SHORTEST} to {NGRAM - 1} words, all of it; of a draft its sentence is looked for",
             "first": [{"question": q, "share": s} for s, q in sorted(high, key=lambda pair: -pair[0])[:_NAMED]],
         },
     }
@@ -182,11 +189,6 @@ def contained(questions: list[str], words: list[np.ndarray]) -> list[float | Non
     ]
 
 
-def _questions(file: Path | None) -> list[str]:
-    rows = read_jsonl(file, "evaluate.questions") if file else []
-    return [row["question"] for _, row in rows if isinstance(row, dict) and isinstance(row.get("question"), str)]
-
-
 def _say(found: dict[str, Any]) -> None:
     for source in found["sources"]:
         dropped = f"; left out: {source['empty']} empty, {len(source['broken'])} broken"
@@ -198,6 +200,10 @@ def _say(found: dict[str, Any]) -> None:
             comm.say(f"warning: left out: {broken}")
         if len(source["broken"]) > _NAMED:
             comm.say(f"warning: left out: {len(source['broken']) - _NAMED} more; {REPORT} names all")
+        if unread := source["unread"]:
+            kinds = [f"{number:,} of {ending or 'none'}" for ending, number in unread.items()]
+            kinds[_NAMED:] = [f"and of {len(kinds) - _NAMED} more endings"] if len(kinds) > _NAMED else []
+            comm.say(f"warning: {source['path']} holds files of endings that are not read: {', '.join(kinds)}")
     comm.say(f"data: {found['sequences']:,} sequences of {found['sequence_length']} tokens")
     if number := found["near_duplicates"]["number"]:
         pair = found["near_duplicates"]["first"][0]

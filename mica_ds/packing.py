@@ -28,7 +28,8 @@ def check_separation(model: nn.Module, config: Config) -> None:
     """Refuse packing where this model, with the attention in use, lets a document see the one before it. Collective.
 
     Shows it two micro-batches that differ in the first document of each row alone: what it says of the second document
-    must be the same. Two forwards of 16 tokens a row. Raises: UserError.
+    must be the same. `use_cache` is left to the model's config, as in training. Two forwards of 16 tokens a row.
+    Raises: UserError.
     """
     if not config.data.pack or config.data.sequence_parallel > 1:  # `check_parallelism` has judged the latter
         return
@@ -40,7 +41,7 @@ def check_separation(model: nn.Module, config: Config) -> None:
     said = []
     for first in (torch.arange(_TOKENS, device=device), torch.arange(_TOKENS, device=device).flip(0)):
         ids = torch.cat([first, second]).repeat(rows, 1)
-        said.append(model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, _TOKENS:].float())
+        said.append(model(input_ids=ids, position_ids=positions).logits[:, _TOKENS:].float())
     model.train(was_training)
     with comm.failing_together():
         if (said[0] - said[1]).abs().max() > _LEAK * said[0].abs().max():

@@ -11,6 +11,9 @@ from typing import Any
 from mica_ds.documents import read_jsonl
 from mica_ds.errors import UserError
 
+GAP = "____"
+ASKING = "What belongs in the gap? "
+"""What stands before a sentence with a GAP."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -69,13 +72,33 @@ def read_questions(file: Path | None) -> list[Choice | Open]:
 
     Raises: UserError where the file cannot be read, or a question is malformed.
     """
+    return [question for question, _ in _rows(file)]
+
+
+def read_statements(file: Path | None) -> list[tuple[str, str]]:
+    """Each question of a file, and what a document says that gives its answer away. Local.
+
+    Of a draft its `sentence`; without it what is asked, with the gap filled. Raises: as `read_questions`.
+    """
+    return [(question.question, _statement(question, row)) for question, row in _rows(file)]
+
+
+def _rows(file: Path | None) -> list[tuple[Choice | Open, dict[str, Any]]]:
+    """The questions of a file, each with its row."""
     if file is None:
         return []
     key = "evaluate.questions"
-    questions = [_question(f"{key}: {where}", row) for where, row in read_jsonl(file, key)]
+    questions = [(_question(f"{key}: {where}", row), row) for where, row in read_jsonl(file, key)]
     if not questions:
         raise UserError(f"{key}: {file} holds no question")
     return questions
+
+
+def _statement(question: Choice | Open, row: dict[str, Any]) -> str:
+    if isinstance(row.get("sentence"), str):
+        return row["sentence"]
+    answer = question.options[question.answer] if isinstance(question, Choice) else question.answers[0]
+    return question.question.removeprefix(ASKING).replace(GAP, answer)
 
 
 def _question(where: str, row: Any) -> Choice | Open:

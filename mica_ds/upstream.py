@@ -55,6 +55,8 @@ _UNSUPPORTED = {
     "auto_find_batch_size": "set train.per_device_train_batch_size",
     "train_sampling_strategy": _FIXED_ORDER,
     "accelerator_config": _FIXED_ORDER,
+    # transformers (5.23) looks at restarting positions only where nothing is cached, `_preprocess_mask_arguments`.
+    "use_cache": "training needs no cache, and with one packed documents see each other",
 }
 
 # Values of the DeepSpeed JSON that transformers fills in. What is absent it leaves out, for DeepSpeed's own defaults.

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from mica_ds import comm, documents, encoding, workers
+from mica_ds import comm, data, documents, encoding, overlap, workers
 from mica_ds.config import DataSettings, Source
 
 
@@ -42,20 +42,17 @@ def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:
 
 def read_all(source: Path, tokenizer: Any) -> int:
     """Tokenise a source, compare its documents, and read every sequence; returns the number of tokens."""
-    from mica_ds.data import build_dataset
-    from mica_ds.overlap import contained, near_duplicates
-
     settings = DataSettings(corpus=[Source(path=source)], sequence_length=256, cache=source.parent / "cache")
-    dataset = build_dataset(settings, tokenizer, seed=1)
+    dataset = data.build_dataset(settings, tokenizer, seed=1)
     (texts,) = dataset.texts
-    near_duplicates([texts.tokens.signatures])
-    contained(["who built the press that stands in Torvane"], [texts.tokens.words])
+    overlap.near_duplicates([texts.tokens.signatures])
+    overlap.contained(["who built the press that stands in Torvane"], [texts.tokens.words])
     return sum(len(dataset[i]["input_ids"]) for i in range(len(dataset)))
 
 
 def main(model: Path, batch: int, sources: list[Path]) -> None:
     comm.start()
-    documents._BYTES = workers._BATCH = encoding._TEXT = batch
+    documents._BYTES = workers._BATCH = encoding._TEXT = data._AT_ONCE = overlap._AT_ONCE = batch
     tokenizer = AutoTokenizer.from_pretrained(model)
     read_all(sources[0], tokenizer)  # what libraries keep from their first use is not the corpus
     found = [peak_of(lambda source=source: read_all(source, tokenizer)) for source in sources[1:]]  # type: ignore[misc]

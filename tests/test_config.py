@@ -80,6 +80,7 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("train.average_tokens_across_devices=false", "is not supported: the loss is always the mean over"),
         ("train.eval_on_start=true", "is not supported: what `evaluate` names is always scored before training"),
         ("train.save_strategy=best", "train.save_strategy=best is not supported: set checkpoint.export=best instead"),
+        ("train.use_cache=true", "is not supported: training needs no cache, and with one packed documents see each"),
         ("train.fsdp=full_shard", "train.fsdp is not supported: DeepSpeed shards the model"),
         ("train.optim=adafactor", "train.optim is not supported: the JSON of `deepspeed` names the optimizer"),
         ("checkpoint.keep=0", "checkpoint.keep: input should be greater than 0"),

@@ -1,5 +1,6 @@
 """Packing, mixing, and the order of the sequences."""
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,19 @@ def test_a_chat_is_not_cut_where_it_fits_and_learnt_in_its_answers(
         patch.setattr("mica_ds.data._predicts", lambda tokens, rows: np.ones(len(rows), dtype=np.bool_))
         all_rows = packed(documents, length, chats=chats)
     assert rows == [row for row in all_rows if any(label != -100 for label in row["labels"])]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_are_cut_without_a_copy_of_every_token(pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokens_of([[1] * 1000] * 1000, chats=[500])
+    whole = cut_rows(tokens, 256, pack)
+    monkeypatch.setattr("mica_ds.data._AT_ONCE", 768)  # three rows, and fewer documents than there are
+    tracemalloc.start()
+    rows = cut_rows(tokens, 256, pack)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert rows.tolist() == whole.tolist()
+    assert peak < len(tokens.ids)  # 8 bytes each as an int64
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

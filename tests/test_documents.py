@@ -15,7 +15,7 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from mica_ds import documents
-from mica_ds.documents import Broken, find_files, read, read_documents, split, where, where_all
+from mica_ds.documents import Broken, find_files, read, read_documents, split, unread_files, where, where_all
 from mica_ds.errors import UserError
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Edda."}]
@@ -36,7 +36,9 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "b" / "two.md").write_text("second")
     (tmp_path / "a.TXT").write_text("first", encoding="utf-8-sig")
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth\\u2028\\ud800", "source": "x"}\n')
-    (tmp_path / "ignored.bin").write_bytes(b"\0")
+    for unread in ("ignored.bin", "b/one.DOCX", "b/two.docx", "b/README", ".hidden.docx", "b/.git/index"):
+        (tmp_path / unread).parent.mkdir(exist_ok=True)
+        (tmp_path / unread).write_bytes(b"\0")
     write_pdf(tmp_path / "d.pdf", "The press stands\nin Torvane.", "", "Built in 1911.")
     page = """<html><head><title>Presses</title><style>p {}</style></head><body><!-- no -->
         <p>Built by <b>Edda</b>
@@ -65,6 +67,8 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
         "f.parquet",
         "g",
     ]
+    assert list(unread_files(tmp_path).items()) == [(".docx", 2), ("", 1), (".bin", 1)]
+    assert unread_files(tmp_path / "g") == unread_files(tmp_path / "a.TXT") == {}
 
 
 @pytest.mark.parametrize(

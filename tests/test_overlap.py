@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mica_ds import overlap
+from mica_ds.documents import read_documents
+from mica_ds.draft import draft_questions, read_sources, without_sentences, write_jsonl
 from mica_ds.encoding import SHINGLE, hash_ngrams, hash_words, signature
 from mica_ds.overlap import contained, near_duplicates
+from mica_ds.questions import read_statements
 
 from .conftest import ROOT
 
@@ -78,9 +81,21 @@ def test_ngrams_hardly_collide() -> None:
 
 
 def test_the_demonstration_asks_in_its_own_words() -> None:
-    from mica_ds.documents import read_documents, read_jsonl
-
     folder: Path = ROOT / "configs/demonstration"
-    questions = [row["question"] for _, row in read_jsonl(folder / "questions.jsonl", "x")]
-    found = contained(questions, [stream(*read_documents([folder / "handbook"], "x"))])
+    statements = [statement for _, statement in read_statements(folder / "questions.jsonl")]
+    found = contained(statements, [stream(*read_documents([folder / "handbook"], "x"))])
     assert max(share for share in found if share is not None) < overlap.CONTAINED
+
+
+@pytest.mark.parametrize("has_sentences", [True, False])
+def test_drafts_stand_in_the_documents_until_their_sentences_are_held_out(has_sentences: bool, tmp_path: Path) -> None:
+    documents = read_sources([ROOT / "configs/demonstration/handbook"], may_skip=False)
+    drafts = draft_questions(documents, 100, seed=1)
+    assert {5, 6, 7, 8, 9} <= {len(hash_words(draft["sentence"])) for draft in drafts}
+    kept = [{key: draft[key] for key in draft if has_sentences or key != "sentence"} for draft in drafts]
+    write_jsonl(kept, tmp_path / "drafts.jsonl")
+    questions = read_statements(tmp_path / "drafts.jsonl")
+    assert [question for question, _ in questions] == [draft["question"] for draft in drafts]
+    for texts, number in (([each.text for each in documents], 100), (without_sentences(documents, drafts), 0)):
+        shares = contained([statement for _, statement in questions], [stream(*texts)])
+        assert sum(share is not None and share > overlap.CONTAINED for share in shares) == number

@@ -29,12 +29,17 @@ def test_decoders_keep_documents_apart(
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tiny_model(architecture), dtype=dtype, attn_implementation=attention
     )
+    model.config.use_cache = False  # as the Trainer sets it
     config = load_config(tiny_config())
     check_separation(model, config)
 
     def blind(**inputs: Any) -> Any:
         return type(model).forward(model, **{key: value for key, value in inputs.items() if key != "position_ids"})
 
+    model.config.use_cache = True  # with which transformers (5.23) does not look at the positions
+    with pytest.raises(UserError, match="sees the one before it"):
+        check_separation(model, config)
+    model.config.use_cache = False
     model.forward = blind
     with pytest.raises(UserError, match=r"sees the one before it; set data\.pack=false"):
         check_separation(model, config)

@@ -245,8 +245,10 @@ def test_a_chat_without_a_template_is_refused(
 
 
 def write_corpus(folder: Path, lines: int) -> str:
+    """Texts, and a chat, with which what is learnt has to be looked at."""
     folder.mkdir()
     with (folder / "a.jsonl").open("w") as file:
+        file.write(json.dumps({"messages": CHAT}) + "\n")
         for i in range(lines):
             file.write(json.dumps({"text": f"Press {i % 1000} of {i % 999} stands in Torvane. " * 20}) + "\n")
     return str(folder / "a.jsonl")
@@ -261,7 +263,7 @@ def test_memory_does_not_grow_with_the_corpus(lines: int, batch: int, tmp_path: 
     (tokens_of_small, small), (tokens_of_large, large) = json.loads(finished.output.splitlines()[-1])
     more = tokens_of_large - tokens_of_small
     assert more > 200 * 3 * lines
-    assert large - small < 8 * more  # a token takes 36 bytes and more in a Python list
+    assert large - small < 4 * more  # a token takes 36 bytes and more in a Python list, and 8 as an int64
 
 
 @pytest.mark.slow

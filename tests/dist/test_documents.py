@@ -43,6 +43,7 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     corpus, cache, run = tmp_path / "documents", tmp_path / "tokens", tmp_path / "run"
     write_corpus(corpus)
     (corpus / "broken.pdf").write_bytes(b"%PDF-1.4 and no more")
+    (corpus / "unread.docx").write_bytes(b"PK")
     sources = [str(corpus), {"path": str(tmp_path / "corpus.txt"), "weight": 2}]
     config = tiny_config(data={"corpus": sources})
     finished = train(2, config, "data.broken=skip")
@@ -51,18 +52,20 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     assert f"{corpus} (corpus): 11 documents" in finished.output
     assert "left out: 1 empty, 1 broken" in finished.output
     assert f"warning: left out: {corpus}/broken.pdf is damaged" in finished.output
+    assert f"warning: {corpus} holds files of endings that are not read: 1 of .docx" in finished.output
     assert f"nearly repeat an earlier one: 1, such as {corpus}/b.md, which repeats {corpus}/a.txt" in finished.output
     assert 'questions that stand in the corpus: 1 of 5, such as "Who built press 2?"' in finished.output
     found = json.loads((run / "data.json").read_text())
     first, second = found["sources"]
     assert (first["documents"], first["chats"], first["empty"], len(first["broken"])) == (11, 1, 1, 1)
+    assert first["unread"] == {".docx": 1}
     assert (first["weight"], second["weight"], second["documents"]) == (1, 2, 1)
     assert found["sequences"] >= first["sequences"] + 2 * second["sequences"]
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (tracked,) = client.search_runs(["1"])
     assert tracked.data.metrics["data_documents"] == 12
     assert tracked.data.metrics["data_tokens"] == first["tokens"] + second["tokens"]
-    for key in ("data_broken", "data_empty", "data_near_duplicates", "data_questions_in_corpus"):
+    for key in ("data_broken", "data_unread", "data_empty", "data_near_duplicates", "data_questions_in_corpus"):
         assert tracked.data.metrics[key] == 1, key
 
     # Tokenised again, on one rank: the same rows, so that the run is over; and then others.
