@@ -85,7 +85,7 @@ def _source(texts: Any) -> dict[str, Any]:
         "purpose": texts.purpose,
         "weight": texts.source.weight,
         "files": len(texts.tokens.files),
-        **{key: manifest[key] for key in ("documents", "chats", "tokens", "words", "empty")},
+        **{key: manifest[key] for key in ("documents", "chats", "tokens", "words", "empty", "digest")},
         "broken": texts.tokens.broken(),
         "sequences": len(texts.rows),
     }
