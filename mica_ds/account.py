@@ -5,7 +5,7 @@ from pathlib import Path
 from mica_ds.arms import StudySettings
 from mica_ds.findings import Choice, Result, Standing, choices, compare, standings
 from mica_ds.scatter import Arm, plot_forgetting, plot_parameters
-from mica_ds.statistics import Interval, mean_interval, points
+from mica_ds.statistics import Interval, mean_interval, paired_interval, points
 
 TABLE, ACCOUNT, PLOTS = "table.md", "study.md", ("forgetting.png", "parameters.png")
 
@@ -16,8 +16,9 @@ def write_account(study: StudySettings, results: list[Result], folder: Path) -> 
     Raises: UserError where a run is missing, or the runs had not the same data and budget.
     """
     found, chosen = standings(study, results), choices(study, results)
-    base = mean_interval([float(character == "1") for character in results[0].right_before])
-    table = "\n\n".join([_table(study, found, base), *_sentences(study, found, chosen)]) + "\n"
+    untrained = [float(character == "1") for character in results[0].right_before]
+    base = mean_interval(untrained)
+    table = "\n\n".join([_table(study, found, untrained), *_sentences(study, found, chosen)]) + "\n"
     (folder / TABLE).write_text(table)
     (folder / ACCOUNT).write_text(
         f"# {study.subject} against {', '.join(arm for arm in study.arms if arm != study.subject)}\n\n"
@@ -66,13 +67,13 @@ def _method(study: StudySettings, found: dict[str, Standing]) -> str:
     )
 
 
-def _table(study: StudySettings, found: dict[str, Standing], base: Interval) -> str:
+def _table(study: StudySettings, found: dict[str, Standing], untrained: list[float]) -> str:
     rows = [
-        ["arm", "learning rate", "trained parameters", "questions right", "seed by seed", f"minus {study.reference}"],
-        ["base model", "", "0", _share(base), "", ""],
+        ["arm", "learning rate", "trained parameters", "questions right", "seed by seed", "minus base"],
+        ["base model", "", "0", _share(mean_interval(untrained)), "", ""],
     ]
-    rows[0] += ["perplexity", "seconds"]
-    rows[1] += ["× 1.00", ""]
+    rows[0] += [f"minus {study.reference}", "perplexity", "seconds"]
+    rows[1] += ["", "× 1.00", ""]
     for arm, standing in found.items():
         one = standing.results[0]
         rows.append(
@@ -82,6 +83,7 @@ def _table(study: StudySettings, found: dict[str, Standing], base: Interval) -> 
                 f"{one.trainable_parameters:,}",
                 _share(standing.knowledge),
                 ", ".join(f"{100 * result.knowledge:.1f}" for result in standing.results),
+                _points(paired_interval(untrained, standing.scores)),
                 "" if arm == study.reference else _points(compare(found[study.reference], standing)),
                 f"× {standing.forgetting:.2f}",
                 f"{sum(result.train_seconds for result in standing.results) / len(standing.results):.0f}",
@@ -108,6 +110,9 @@ def _sentences(study: StudySettings, found: dict[str, Standing], chosen: dict[st
     return [
         f"On these {questions} questions, over {seeds} {_plural('seed', seeds)}:\n\n" + "\n".join(compared),
         covers,
+        "Forgetting is measured on the held-out text of `evaluate.retention`: where that is of the kind of "
+        "`data.replay`, on which all arms train, a ratio below 1 says that the replay taught this kind of text, not "
+        "that nothing was forgotten.",
         *warnings(study, chosen),
         *(
             f"{arm}: training diverged with seed {result.seed}."

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import torch
+
 from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
@@ -32,15 +34,16 @@ def carry_out(
     `parent` is what they name as `tracking.parent`; `on_end` is told of each run and its exit code, 0 where it was
     finished before.
     """
-    waiting, going = list(runs), list[_Attempt]()
+    waiting, going, free = list(runs), list[_Attempt](), slots(study)
     try:
         while waiting or going:
-            while waiting and len(going) < study.parallel:
-                going.append(_Attempt(study, waiting.pop(0), parent))
+            while waiting and free:
+                going.append(_Attempt(study, waiting.pop(0), parent, free.pop(0)))
             for attempt in list(going):
                 code = attempt.poll()
                 if code is not None:
                     going.remove(attempt)
+                    free.append(attempt.slot)
                     on_end(attempt.run, code)
             time.sleep(_PAUSE if going else 0)
     except BaseException:
@@ -56,6 +59,25 @@ def carry_out(
         raise
 
 
+def slots(study: StudySettings) -> list[dict[str, str]]:
+    """For each of the runs at a time what its environment names as its own: by launch/train.sh its GPUs. Local.
+
+    Raises: UserError where these are too few.
+    """
+    gpus = _gpus() if any(Path(word).name == "train.sh" for word in study.launch) else []
+    if not gpus or (study.parallel == 1 and study.ranks is None):
+        return [{} for _ in range(study.parallel)]
+    ranks = study.ranks or len(gpus)
+    if study.parallel * ranks > len(gpus):
+        raise UserError(
+            f"parallel={study.parallel} runs at a time with ranks={study.ranks or f'{ranks} (all)'} each need "
+            f"{study.parallel * ranks} GPUs, and there are {len(gpus)}: parallel × ranks may be no more"
+        )
+    return [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * ranks : (slot + 1) * ranks])} for slot in range(study.parallel)
+    ]
+
+
 class _Attempt:
     """One start of one run.
 
@@ -63,10 +85,10 @@ class _Attempt:
     the study waits for them instead of doing them twice.
     """
 
-    def __init__(self, study: StudySettings, run: Run, parent: str) -> None:
-        self.run = run
+    def __init__(self, study: StudySettings, run: Run, parent: str, slot: dict[str, str]) -> None:
+        self.run, self.slot = run, slot
         self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
-        self._environment = os.environ | _place(study)
+        self._environment = os.environ | _place(study) | slot
         self._is_waiting = False
         self._process: subprocess.Popen[bytes] | None = None
         with writing(run.folder):
@@ -133,6 +155,15 @@ def last_words(folder: Path) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["it has said nothing"])[-1].removeprefix("error: ")
+
+
+def _gpus() -> list[str]:
+    """The GPUs that this machine leaves to the study, by the numbers that CUDA_VISIBLE_DEVICES gives them."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    number = torch.cuda.device_count()  # without a context on any of them
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (list(map(str, range(number))) if asked is None else asked.split(","))[:number]
 
 
 def _place(study: StudySettings) -> dict[str, str]:

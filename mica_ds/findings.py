@@ -15,6 +15,8 @@ from mica_ds.errors import UserError
 from mica_ds.files import replacing
 from mica_ds.statistics import Interval, mean_interval, paired_interval
 
+_NOISE = 1e-3  # by what the base model's perplexity may differ between numbers of ranks, relative
+
 Marks = Annotated[str, Field(pattern="^[01]+$")]
 
 
@@ -175,21 +177,26 @@ def compare(reference: Standing, arm: Standing) -> Interval:
 
 
 def check_budget(results: list[Result]) -> None:
-    """Refuse results that had not all the same steps and questions, and for a seed the same tokens. Local.
+    """Refuse results that had not all the same steps, questions and base scores, and for a seed the same tokens. Local.
 
+    The base model's scores tell another answer key, other held-out text or another model under the same name.
     Raises: UserError that names two runs that differ.
     """
-    first: dict[int | None, tuple[Result, tuple[int, ...]]] = {}
+    first: dict[tuple[str, int | None], tuple[Result, Any]] = {}
     for result in results:
-        for seed, facts in (
-            (None, (result.steps, len(result.right_before), len(result.right_after))),
-            (result.seed, (result.tokens,)),
+        for what, seed, fact in (
+            ("steps", None, result.steps),
+            ("questions", None, (len(result.right_before), len(result.right_after))),
+            ("which of them the base model answers right", None, result.right_before),
+            ("the base model's perplexity", None, result.retention_before),
+            ("tokens", result.seed, result.tokens),
         ):
-            other, theirs = first.setdefault(seed, (result, facts))
-            if facts != theirs:
-                what = "steps and questions" if seed is None else "tokens"
+            other, theirs = first.setdefault((what, seed), (result, fact))
+            is_same = math.isclose(fact, theirs, rel_tol=_NOISE) if isinstance(fact, float) else fact == theirs
+            if not is_same:
                 raise UserError(
-                    f"not the same data and budget: {_name(other)} had {theirs} {what}, {_name(result)} {facts}"
+                    f"not the same data and budget: {_name(other)} and {_name(result)} differ in {what}"
+                    + ("" if isinstance(fact, str) else f", {theirs} and {fact}")
                 )
 
 

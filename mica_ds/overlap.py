@@ -91,7 +91,7 @@ def _source(texts: Texts, unread: dict[str, int]) -> dict[str, Any]:
         "purpose": texts.purpose,
         "weight": texts.source.weight,
         "files": len(texts.tokens.files),
-        **{key: manifest[key] for key in ("documents", "chats", "tokens", "words", "empty")},
+        **{key: manifest[key] for key in ("documents", "chats", "tokens", "words", "empty", "digest")},
         "broken": texts.tokens.broken(),
         "unread": unread,
         "sequences": len(texts.rows),

@@ -16,6 +16,7 @@ from mica_ds.best import is_out_of_patience, ranked_steps
 from mica_ds.checkpoint import read_frozen, read_history, read_tensors
 from mica_ds.config import Config, fixed_settings
 from mica_ds.data import Sequences
+from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
@@ -104,8 +105,17 @@ def exported_checkpoint(config: Config, last: Path, history: list[dict[str, floa
 
 
 def chosen_checkpoint(config: Config) -> Path | None:
-    """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective."""
+    """The run folder's newest checkpoint, or with checkpoint.export=best its best; None without any. Collective.
+
+    Raises: UserError where a finished run has none any more: what is there is not the base model alone.
+    """
     newest = find_checkpoint(config.output_dir / "checkpoints")
+    with comm.failing_together():
+        if newest is None and (config.output_dir / SUMMARY).exists():
+            raise UserError(
+                f"{config.output_dir} is finished, but its checkpoints are gone: what it trained is in "
+                f"{export_folder(config)} alone"
+            )
     if newest is None or config.checkpoint.export == "last":
         return newest
     return exported_checkpoint(config, newest, read_history(newest) + _scored_after(config, newest))

@@ -82,6 +82,7 @@ def _draw(axes: Axes, arms: dict[str, Arm], base: Interval, places: list[list[fl
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
         fontsize=8,
-        title="small: one seed;\nlarge: mean of the seeds,\n95 % over questions",
+        title="small: one seed;\nlarge: mean of the seeds,\n95 % over questions, of\neach arm alone; arms are\n"
+        "compared by the table's\npaired columns",
     )
     legend.get_title().set_fontsize(8)

@@ -1,5 +1,6 @@
 """The verb `study`: which learning rate suits each arm, how the arms then compare, and what that supports."""
 
+import json
 import os
 import shutil
 import time
@@ -8,9 +9,10 @@ from pathlib import Path
 from mica_ds import comm
 from mica_ds.account import TABLE, warnings, write_account
 from mica_ds.arms import Run, StudySettings, check_folder, run_config, sweep, trials
-from mica_ds.crew import LOG, carry_out, last_words
+from mica_ds.crew import LOG, carry_out, last_words, slots
 from mica_ds.errors import Preempted, UserError
-from mica_ds.findings import Result, choices, read_results, read_run, standings, write_results
+from mica_ds.findings import Result, check_budget, choices, read_results, read_run, standings, write_results
+from mica_ds.overlap import REPORT
 from mica_ds.settings import save_settings
 from mica_ds.shelf import writing
 from mica_ds.tracking import Tracker
@@ -34,6 +36,7 @@ def conduct(study: StudySettings) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a study starts its runs by itself: start it without a launcher, and set `launch` and `ranks`")
+    slots(study)  # which says where the GPUs are too few
     for run in sweep(study):
         check_folder(study, run)
         if run.is_finished:
@@ -46,15 +49,16 @@ def conduct(study: StudySettings) -> None:
         raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
     with Tracker(folder, tracking, study.model_dump(mode="json")) as tracker:
         tracker.artifact(folder / "study.yaml")
+        done: list[Run] = []
         try:
-            failed = _carry_out(study, sweep(study), tracker.id)
+            failed = _carry_out(study, sweep(study), tracker.id, done)
             chosen = choices(study, _finished(sweep(study)))
             for arm, choice in chosen.items():
                 comm.say(f"study: the learning rate of {arm} is {choice.learning_rate:g}")
             for warning in warnings(study, chosen):
                 comm.say(f"warning: {warning}")
             final = trials(study, {arm: choice.learning_rate for arm, choice in chosen.items()})
-            failed += _carry_out(study, final, tracker.id)
+            failed += _carry_out(study, final, tracker.id, done)
         except KeyboardInterrupt as stop:
             raise stop if isinstance(stop, Preempted) else Preempted("interrupted; start again to go on") from None
         results = _finished([*sweep(study), *final])
@@ -72,8 +76,11 @@ def conduct(study: StudySettings) -> None:
         comm.say((folder / TABLE).read_text())
 
 
-def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
-    """Have these runs done, and return those that failed."""
+def _carry_out(study: StudySettings, runs: list[Run], parent: str, done: list[Run]) -> list[Run]:
+    """Have these runs done, each then added to what is `done`, and return those that failed.
+
+    Raises: UserError, which ends the others, as soon as one had not the same data and budget as those done before.
+    """
     failed: list[Run] = []
     started, ended = time.monotonic(), 0
 
@@ -91,7 +98,11 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
             failed.append(run)
             comm.say(f"{place} failed: {error}")
             return
-        shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # what is exported is all that is still needed
+        done.append(run)
+        _check_sources(done)
+        check_budget(_finished(done))
+        if run_config(study, run).adapter.method == "full":  # one is three models, and the export has all that is used
+            shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         found = f"{result.knowledge:.1%} right, perplexity × {result.forgetting:.2f}, {result.train_seconds:.0f} s"
         if result.has_diverged:
             found = "diverged: its loss was not finite at the end"
@@ -101,6 +112,21 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str) -> list[Run]:
         check_folder(study, run)
     carry_out(study, runs, parent, on_end)
     return failed
+
+
+def _check_sources(runs: list[Run]) -> None:
+    """Refuse runs that read other text from the same source, by the digests of its tokens in `data.json`."""
+    first: dict[str, tuple[Run, str]] = {}
+    for run in runs:
+        file = run.folder / REPORT
+        for source in json.loads(file.read_text())["sources"] if file.exists() else []:
+            if digest := source.get("digest"):  # an earlier version wrote none
+                other, theirs = first.setdefault(source["path"], (run, digest))
+                if digest != theirs:
+                    raise UserError(
+                        f"not the same data: {source['path']} was changed between {other} and {run}; put it back as it "
+                        "was, and remove the folders of the runs that read the other"
+                    )
 
 
 def _finished(runs: list[Run]) -> list[Result]:

@@ -53,6 +53,14 @@ def test_the_best_step_may_be_the_last_one_scored_after_a_signal(
     assert found.name == f"step-{best:06d}"
 
 
+def test_a_finished_run_without_checkpoints_is_not_taken_for_the_base_model(config: Config, alone: None) -> None:
+    assert chosen_checkpoint(config) is None
+    config.output_dir.mkdir()
+    (config.output_dir / "summary.json").touch()
+    with pytest.raises(UserError, match=r"run is finished, but its checkpoints are gone: .*run/adapter alone"):
+        chosen_checkpoint(config)
+
+
 def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config: Config, tmp_path: Path) -> None:
     own = put(config, 4, [])
     copy = Path(shutil.copytree(own, tmp_path / "copy"))

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,23 +18,36 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 import yaml
 from mlflow import MlflowClient
 from scipy.stats import binom
 
 from mica_ds.account import ACCOUNT, PLOTS, TABLE
 from mica_ds.arms import StudySettings, check_folder, load_study, run_config, sweep, trials
-from mica_ds.crew import carry_out
+from mica_ds.crew import carry_out, slots
 from mica_ds.errors import UserError
-from mica_ds.findings import Result, choices, choose, compare, read_results, read_run, standings, write_results
+from mica_ds.findings import (
+    Result,
+    check_budget,
+    choices,
+    choose,
+    compare,
+    read_results,
+    read_run,
+    standings,
+    write_results,
+)
 from mica_ds.journal import Reader
 from mica_ds.settings import save_settings
-from mica_ds.statistics import mean_interval
+from mica_ds.statistics import mean_interval, paired_interval, points
 from mica_ds.study import RESULTS, conduct, report
 
 from .conftest import ROOT, environment, start
 
-SHIPPED = sorted((ROOT / "configs/study").glob("*.yaml"))
+SHIPPED = [
+    file for file in sorted((ROOT / "configs/study").glob("*.yaml")) if "arms" in yaml.safe_load(file.read_text())
+]
 TRAIN = [sys.executable, "-m", "mica_ds", "train"]
 # The same, but the run with this rate ends at once; and the others never.
 FAILING = ["bash", "-c", 'case "$*" in *=0.0005*) echo "error: no luck today"; exit 3;; esac; exec "$@"', "-", *TRAIN]
@@ -165,7 +179,7 @@ def test_what_bears_on_results_may_not_differ_between_starts(
         check_folder(changed, sweep(changed)[0])
 
 
-@pytest.mark.parametrize("file", [file for file in SHIPPED if "arms" in yaml.safe_load(file.read_text())], ids=str)
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
 def test_the_shipped_studies_are_fair(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     study = load_study(file)
@@ -175,19 +189,25 @@ def test_the_shipped_studies_are_fair(file: Path, monkeypatch: pytest.MonkeyPatc
     assert all(lower < rate for lower, rate in zip(full, lora, strict=True))
 
 
-@pytest.mark.parametrize(
-    "results", sorted((ROOT / "configs/study").glob("*/results.jsonl")), ids=lambda file: str(file)
-)
+@pytest.mark.parametrize("file", SHIPPED, ids=str)
 def test_the_published_tables_come_from_the_committed_results(
-    results: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+    file: Path, tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`configs/study/NAME/` holds what the study `configs/study/NAME.yaml` has come to."""
+    """`configs/study/NAME/` holds what the study `configs/study/NAME.yaml` has come to, and the README tells it."""
+    folder = file.with_suffix("")
+    if not (folder / RESULTS).exists():
+        pytest.skip("not run yet")
     monkeypatch.chdir(ROOT)
-    (tmp_path / RESULTS).write_bytes(results.read_bytes())
-    report(load_study(results.parent.with_suffix(".yaml")), tmp_path / RESULTS)
+    (tmp_path / RESULTS).write_bytes((folder / RESULTS).read_bytes())
+    report(load_study(file), tmp_path / RESULTS)
     for name in (TABLE, ACCOUNT):
-        assert (tmp_path / name).read_text() == (results.parent / name).read_text()
-    assert (tmp_path / TABLE).read_text().split("\n\n")[0] in (ROOT / "README.md").read_text()
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
+    table, readme = (folder / TABLE).read_text(), (ROOT / "README.md").read_text()
+    assert table.split("\n\n")[0] in readme
+    for sentence in (line for line in table.splitlines() if line.startswith("- ")):
+        assert sentence in " ".join(readme.split())  # it may be wrapped there
+    for where, text in ((folder, (folder / ACCOUNT).read_text()), (ROOT, readme)):
+        assert all((where / image).is_file() for image in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text))
 
 
 def test_the_rate_with_most_knowledge_is_chosen_within_the_bound() -> None:
@@ -266,6 +286,28 @@ def test_arms_are_compared_question_by_question_over_the_mean_of_the_seeds(study
     assert back == pytest.approx((-mean, -high, -low))
 
 
+def test_the_table_compares_each_arm_with_the_base_model_and_with_the_reference(
+    study: StudySettings, tmp_path: Path, alone: None
+) -> None:
+    swept = [result(arm, rate, 1) for arm, rates in study.learning_rates.items() for rate in rates]
+    finals = [result("lora", 5e-4, 2), result("mica", 1e-3, 2, "1110")]
+    write_results([*swept, *finals], tmp_path / RESULTS)
+    report(study, tmp_path / RESULTS)
+    header, _, base, lora, mica = (tmp_path / TABLE).read_text().splitlines()[:5]
+    assert "| seed by seed | minus base | minus lora | perplexity |" in header
+    assert "| 0 | 25.0 % [" in base
+    minus_base, minus_lora = (
+        " [".join([points(mean), f"{points(low)}, {points(high)}]"])
+        for mean, low, high in (
+            paired_interval([0, 1, 0, 0], [1, 1, 1, 0]),
+            paired_interval([1, 1, 0, 0], [1, 1, 1, 0]),
+        )
+    )
+    assert f"| 75.0 | {minus_base} | {minus_lora} | × 1.10 |" in mica
+    assert "| 50.0 | +25.0 [" in lora
+    assert "] |  | × 1.10 |" in lora
+
+
 @pytest.mark.parametrize("share", [0.05, 0.28, 0.5, 0.9])
 def test_the_interval_of_a_share_of_questions_holds_its_level(share: float) -> None:
     number = 72
@@ -281,9 +323,12 @@ def test_the_interval_of_a_share_of_questions_holds_its_level(share: float) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 9}, "not the same data and budget: lora at 0.0005 with seed 1 had"),
-        ({"tokens": 499}, "501,) tokens, mica at 0.01 with seed 1 (499,)"),
-        ({"right_after": "110"}, "steps and questions"),
+        ({"steps": 9}, "same data and budget: lora at 0.0005 with seed 1 and mica at 0.01 with seed 1 differ in steps"),
+        ({"tokens": 499}, "differ in tokens, 501 and 499"),
+        ({"right_after": "110"}, "differ in questions, (4, 4) and (4, 3)"),
+        ({"right_before": "0010"}, "differ in which of them the base model answers right"),
+        ({"right_before": "0010", "seed": 3}, "with seed 3 differ in which of them the base model answers right"),
+        ({"retention_before": 20.1, "seed": 3}, "differ in the base model's perplexity, 20.0 and 20.1"),
     ],
 )
 def test_another_budget_is_refused(study: StudySettings, changes: dict[str, Any], message: str) -> None:
@@ -291,6 +336,7 @@ def test_another_budget_is_refused(study: StudySettings, changes: dict[str, Any]
     with pytest.raises(UserError) as caught:
         standings(study, [*swept[:2], dataclasses.replace(swept[2], **changes), swept[3]])
     assert message in str(caught.value)
+    check_budget([*swept, result(seed=3, retention_before=20.01)])  # as on another number of ranks
 
 
 def test_an_account_needs_all_runs_and_says_which_is_missing(study: StudySettings, tmp_path: Path) -> None:
@@ -371,6 +417,60 @@ def test_an_interrupt_ends_the_runs_that_go_on(study_file: Callable[..., Path], 
         os.kill(int(log.read_text()), 0)
 
 
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets this machine seem to have so many GPUs, and the environment to name some of them."""
+
+    def have(number: int, visible: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        for name in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+    return have
+
+
+def test_runs_at_once_have_gpus_of_their_own(
+    study_file: Callable[..., Path], tmp_path: Path, gpus: Callable[..., None], alone: None
+) -> None:
+    gpus(4, "1,2,5,7")
+    launcher = tmp_path / "train.sh"
+    launcher.write_text("sleep 0.5; echo $CUDA_VISIBLE_DEVICES $NUM_RANKS")
+    study = load_study(study_file(launch=["bash", str(launcher)], ranks=2))
+    carry_out(study, sweep(study), "parent", lambda *_: None)
+    told = [(run.folder / "study.log").read_text() for run in sweep(study)]
+    assert told[:2] == ["1,2 2\n", "5,7 2\n"]
+    assert set(told[2:]) <= set(told[:2])
+
+
+@pytest.mark.parametrize(
+    ("number", "changes", "found"),
+    [
+        (5, {"ranks": 2}, ["0,1", "2,3"]),
+        (2, {"ranks": None, "parallel": 1}, [None]),
+        (2, {"ranks": 2, "launch": TRAIN}, [None, None]),
+        (0, {"ranks": 2}, [None, None]),
+        (3, {"ranks": 2}, "parallel=2 runs at a time with ranks=2 each need 4 GPUs, and there are 3"),
+        (3, {"ranks": None}, r"parallel=2 runs at a time with ranks=3 \(all\) each need 6 GPUs, and there are 3"),
+    ],
+)
+def test_gpus_are_shared_out_where_there_are_enough(
+    number: int,
+    changes: dict[str, Any],
+    found: list[str | None] | str,
+    study_file: Callable[..., Path],
+    gpus: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpus(number)
+    study = load_study(study_file(**{"launch": ["bash", "launch/train.sh"], **changes}))
+    with pytest.raises(UserError, match=found) if isinstance(found, str) else nullcontext():
+        assert [slot.get("CUDA_VISIBLE_DEVICES") for slot in slots(study)] == found
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert slots(study) == [{}] * study.parallel
+
+
 def test_a_launcher_that_is_missing_is_named(study_file: Callable[..., Path], alone: None) -> None:
     study = load_study(study_file(launch=["sbotch", "--wait"]))
     with pytest.raises(UserError, match="launch: sbotch cannot be started: No such file or directory"):
@@ -383,6 +483,46 @@ def test_a_run_folder_that_cannot_be_made_is_named(study: StudySettings, alone: 
     run.folder.touch()
     with pytest.raises(UserError, match=f"{run.folder} cannot be written"):
         carry_out(study, [run], "parent", lambda *_: None)
+
+
+@pytest.fixture
+def finished_study(study_file: Callable[..., Path]) -> StudySettings:
+    """A study of which all has been run, as far as it reads that again."""
+    study = load_study(
+        study_file(
+            arms={"full": {"adapter.method": "full"}, "mica": {}},
+            learning_rates={"full": [1e-4], "mica": [1e-2]},
+            reference="full",
+        )
+    )
+    for run in [*sweep(study), *trials(study, {"full": 1e-4, "mica": 1e-2})]:
+        for name in ("evaluation", "checkpoints"):
+            (run.folder / name).mkdir(parents=True)
+        save_settings(run_config(study, run), run.folder / "config.yaml")
+        for when in ("before", "after"):
+            (run.folder / f"evaluation/{when}.jsonl").write_text('{"right": true}\n{"right": false}\n')
+        (run.folder / "data.json").write_text('{"sources": [{"path": "corpus.txt", "digest": "a"}]}')
+        (run.folder / "summary.json").write_text(json.dumps(dataclasses.asdict(result(seed=run.seed))))
+    return study
+
+
+def test_the_checkpoints_of_full_fine_tuning_alone_are_removed(finished_study: StudySettings, alone: None) -> None:
+    conduct(finished_study)
+    folder = finished_study.output_dir
+    assert len(read_results(folder / RESULTS)) == 4
+    assert [path.relative_to(folder).parts[0] for path in folder.rglob("checkpoints")] == ["mica", "mica"]
+
+
+def test_a_corpus_or_an_answer_key_that_was_changed_on_the_way_ends_the_study(
+    finished_study: StudySettings, alone: None
+) -> None:
+    run = trials(finished_study, {"full": 1e-4, "mica": 1e-2})[0]
+    (run.folder / "evaluation/before.jsonl").write_text('{"right": false}\n{"right": true}\n')
+    with pytest.raises(UserError, match="seed 2 differ in which of them the base model answers right"):
+        conduct(finished_study)
+    (run.folder / "data.json").write_text('{"sources": [{"path": "corpus.txt", "digest": "b"}]}')
+    with pytest.raises(UserError, match=f"not the same data: corpus.txt was changed between full.* and {run}"):
+        conduct(finished_study)
 
 
 @pytest.mark.dist
@@ -410,7 +550,7 @@ def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
         assert one.knowledge == summary["knowledge_after"]
         assert one.tokens == next(other.tokens for other in results if other.seed == one.seed)
         assert yaml.safe_load((run / "config.yaml").read_text())["train"]["learning_rate"] == one.learning_rate
-        assert not (run / "checkpoints").exists()
+        assert any((run / "checkpoints").iterdir())
     assert len({run.parent for run in folder.rglob("summary.json")}) == len(results) == 6
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
