@@ -35,6 +35,7 @@ from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
 from mica_ds.suites import open_suites
 from mica_ds.weights import open_checkpoint, stored_tensor
+from mica_ds.zero import copy_group
 
 _GIB = 1 << 30
 _FREE = 0.9  # share of a GPU's memory that must be free before anything is loaded
@@ -219,9 +220,9 @@ def deepspeed_settings(config: Config) -> str:
     check_parallelism(config, read_model_config(config.model.path))
     check_packing(config)
     zero = read_deepspeed(config)["zero_optimization"]
-    group = min(zero.get("zero_hpz_partition_size", 1), ranks)
+    group = copy_group(config, ranks)
     first_of_node = rank - int(os.environ["LOCAL_RANK"])
-    if group > 1 and (ranks % group or rank // group * group < first_of_node):
+    if group and (ranks % group or rank // group * group < first_of_node):
         raise UserError(f"zero_hpz_partition_size={group} makes groups that reach over nodes, or are not whole")
     for section in ("offload_param", "offload_optimizer"):
         if zero.get(section, {}).get("device") == "nvme":

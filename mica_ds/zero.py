@@ -47,6 +47,12 @@ class Cluster:
         return (self.host_memory if place == "host" else self.nvme) / self.ranks_per_node
 
 
+def copy_group(config: Config, ranks: int) -> int:
+    """How many of these ranks share a second copy of the weights (hpZ); 0 without any. Local; reads DeepSpeed's JSON."""
+    size = int(read_deepspeed(config)["zero_optimization"].get("zero_hpz_partition_size", 1))
+    return min(size, ranks) if size > 1 else 0
+
+
 class Zero:
     """What DeepSpeed's settings come to on a cluster. Local; reads its JSON."""
 
@@ -67,8 +73,8 @@ class Zero:
         self.optimizer = self._place(settings, "offload_optimizer")
         """Where its masters and moments do."""
         self.swap = settings.get("offload_param", {})
-        self.group = settings.get("zero_hpz_partition_size", 1)
-        """Ranks that share a second copy of the weights; 1 without any."""
+        self.group = copy_group(config, cluster.ranks)
+        """Ranks that share a second copy of the weights; 0 without any."""
 
     def _place(self, settings: dict[str, Any], section: str) -> str:
         device = settings.get(section, {}).get("device", "none")

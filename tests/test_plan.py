@@ -97,6 +97,17 @@ def test_the_shipped_70b_config_takes_what_sums_by_hand_say(llama: Path) -> None
     assert not plan.misfits
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_fewer_ranks_than_the_second_copy_asks_for_share_it(ranks: int, llama: Path) -> None:
+    config = shipped(llama, "data.sequence_length=1024")
+    plan = make_plan(config, Cluster(1, ranks, 80 * GIB, 1024 * GIB))
+    assert sizes(plan, "loss")["second copy (hpZ)"] == pytest.approx(2 * PARAMETERS / ranks)
+    assert sizes(plan, "loss")["frozen partitions"] == pytest.approx(2 * PARAMETERS / ranks)
+    layers = 2 * PARAMETERS - 4 * VOCABULARY * HIDDEN
+    gathered = (ranks - 1) / ranks * (2 * layers + 4 * VOCABULARY * HIDDEN)
+    assert count_costs(config, plan).gathered == pytest.approx(32 / ranks * gathered, rel=0.01)
+
+
 def test_no_rank_needs_more_with_more_ranks(llama: Path) -> None:
     for overrides in ([], [PLAIN], [OFFLOADED]):
         plans = [make_plan(shipped(llama, *overrides), gpus(nodes)) for nodes in (1, 2, 4)]
