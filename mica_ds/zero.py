@@ -48,7 +48,7 @@ class Cluster:
 
 
 def copy_group(config: Config, ranks: int) -> int:
-    """How many of these ranks share a second copy of the weights (hpZ); 0 without any. Local; reads DeepSpeed's JSON."""
+    """How many of these ranks share a second copy of the weights (hpZ); 0 without any. Local; reads its JSON."""
     size = int(read_deepspeed(config)["zero_optimization"].get("zero_hpz_partition_size", 1))
     return min(size, ranks) if size > 1 else 0
 
