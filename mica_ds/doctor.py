@@ -102,7 +102,8 @@ def _checks(config: Config, token: str) -> list[Check]:
         Check(
             "links",
             links.time_pairs,
-            "check cable, port and driver (ibstat, nvidia-smi topo -m), or leave the node out",
+            "check cable, port and driver (ibstat, nvidia-smi topo -m), or leave the node out; between all nodes, "
+            "NCCL_SOCKET_IFNAME and NCCL_IB_HCA (in slurm/cluster.env), and that NCCL_IB_DISABLE is not set",
             links.pairs_are_even,
             limit=30,
         ),

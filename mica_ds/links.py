@@ -10,6 +10,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from deepspeed import comm as training
@@ -21,8 +22,10 @@ _APART = 1.0  # seconds by which clocks may differ
 _BLOCK = 256  # elements that each rank gives to each other in a trial
 _TURNS = 20  # exchanges of one element for a latency
 _LARGE = 8 << 20  # elements (32 MiB) of an exchange for a bandwidth
+_LEAST = 1e9  # bytes/s between nodes' GPUs, far below any fabric made for them: NCCL has fallen back to Ethernet
 _SLOW, _LATE = 2, 10  # times the usual bandwidth, latency: a latency also grows with what else a machine is doing
 
+T = TypeVar("T")
 Judgement = tuple[str, dict[int, str]]
 """What was found in all, and what is wrong by rank."""
 Pairs = tuple[str, dict[int, tuple[float, float]]]
@@ -61,22 +64,38 @@ def try_collectives() -> str:
 
 
 def time_pairs() -> Pairs:
-    """Time exchanges with both neighbours in the ring of ranks. Collective; about 270 MB a rank, each way."""
-    ranks, rank = comm.world_size(), comm.rank()
-    ring = [(first, (first + 1) % ranks) for first in range(ranks if ranks > 2 else ranks - 1)]
-    found = {}
-    # The same order on all ranks, in which neighbours of neighbours exchange side by side.
-    for pair in sorted(ring, key=lambda pair: (pair[0] % 2, pair)):
+    """Time exchanges of neighbours within nodes, and of ranks in the same place of neighbouring nodes.
+
+    Each GPU so crosses nodes, at once with the others of its node. Collective; up to 540 MB a rank, each way.
+    """
+    rank, host, found = comm.rank(), socket.gethostname(), {}
+    for pair in pairs_to_time(comm.gather(host)):  # the same order on all ranks
         if rank in pair:
             partner = pair[1 - pair.index(rank)]
             measured = _time_pair(partner)
             if rank == pair[0]:
                 found[partner] = measured
-    return socket.gethostname(), found
+    return host, found
+
+
+def pairs_to_time(hosts: list[str]) -> list[tuple[int, int]]:
+    """Ranks on these hosts that are to exchange, first those within nodes; many can side by side. Local."""
+    nodes = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
+    within = [pair for node in nodes for pair in _ring(node)]
+    return within + [pair for one, other in _ring(nodes) for pair in zip(one, other, strict=False)]
+
+
+def _ring(members: list[T]) -> list[tuple[T, T]]:
+    """All neighbours, every second pair first."""
+    count = len(members) if len(members) > 2 else len(members) - 1
+    return [(members[i], members[(i + 1) % len(members)]) for i in (*range(0, count, 2), *range(1, count, 2))]
 
 
 def pairs_are_even(seen: list[Pairs]) -> Judgement:
-    """Which pairs have half of the usual bandwidth, or ten times the latency, within a node or between nodes. Local."""
+    """Which pairs have half of the usual bandwidth, or ten times the latency, within a node or between nodes. Local.
+
+    Between nodes GPUs must also have what any fabric made for them has.
+    """
     found: list[str] = []
     faults: dict[int, str] = {}
     for is_within, kind in ((True, "within a node"), (False, "between nodes")):
@@ -98,6 +117,8 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
             wrong = []
             if speed < usual / _SLOW:
                 wrong.append(f"exchange {_gigabytes(speed)} GB/s, usual {kind} are {_gigabytes(usual)}")
+            elif speed < _LEAST and not is_within and device().type == "cuda":
+                wrong.append(f"exchange {_gigabytes(speed)} GB/s, GPUs {kind} need {_gigabytes(_LEAST)} at least")
             if latency > prompt * _LATE:
                 wrong.append(f"need {latency * 1e6:.0f} µs for a word, usual {kind} are {prompt * 1e6:.0f}")
             for said in wrong:
