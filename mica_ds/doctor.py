@@ -96,7 +96,7 @@ def _checks(config: Config, token: str) -> list[Check]:
         Check("machine", of(checks.machine), "free it, set it up like the others, or leave it out", links.alike),
         Check(
             "collectives",
-            links.try_collectives,
+            of(links.try_collectives),
             "check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the fabric; NCCL_DEBUG=INFO says more",
         ),
         Check(

@@ -16,7 +16,9 @@ import torch
 from deepspeed import comm as training
 
 from mica_ds import comm
+from mica_ds.config import Config
 from mica_ds.errors import UserError
+from mica_ds.model import DTYPES
 
 _APART = 1.0  # seconds by which clocks may differ
 _BLOCK = 256  # elements that each rank gives to each other in a trial
@@ -51,12 +53,12 @@ def clocks_agree(seen: list[float]) -> Judgement:
     return f"{max(seen) - min(seen):.2f} s apart", faults
 
 
-def try_collectives() -> str:
-    """Check each collective that training uses on numbers whose result is known exactly. Collective.
+def try_collectives(config: Config) -> str:
+    """Check each collective that training uses, in its dtypes, on numbers whose result is known exactly. Collective.
 
     Raises: UserError that names those with a wrong result on this rank.
     """
-    trials = list(_trials())
+    trials = list(_trials(DTYPES[config.model.dtype]))
     wrong = [name for name, expected, found in trials if not torch.equal(expected, found)]
     if wrong:
         raise UserError(f"wrong result of {', '.join(wrong)}")
@@ -132,30 +134,37 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _trials(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Each collective's name, the result that is due on this rank, and the one that came."""
     ranks, rank, place = comm.world_size(), comm.rank(), device()
 
-    def given(by: int) -> torch.Tensor:
-        return (torch.arange(ranks * _BLOCK, device=place) % 7 + by).float()  # small integers: sums are exact
+    def given(by: int, below: int = 257, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return ((torch.arange(ranks * _BLOCK, device=place) % 7 + by) % below).to(dtype)
 
-    summed = sum((given(by) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
+    # Integers up to 256 are exact in each dtype, and so are sums of these up to 256 ranks.
+    small = max(2, 1 + 256 // ranks)
+    summed = sum((given(by, small) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
     # The bases' own way. First, since later ones may hang on some ranks alone, and the doctor goes on in this group.
-    owned = given(rank).double().cpu()
+    owned = given(rank, small).double().cpu()
     comm.sum_to(owned, 0)
     yield "reduce", summed.double().cpu() if rank == 0 else owned, owned
-    reduced = given(rank)
-    training.all_reduce(reduced)
-    yield "all_reduce", summed, reduced
-    gathered = torch.empty(ranks * ranks * _BLOCK, device=place)
-    training.all_gather_into_tensor(gathered, given(rank))
-    yield "all_gather_into_tensor", torch.cat([given(by) for by in range(ranks)]), gathered
-    scattered = torch.empty(_BLOCK, device=place)
-    training.reduce_scatter_tensor(scattered, given(rank))
-    yield "reduce_scatter_tensor", summed.chunk(ranks)[rank], scattered
-    sent = given(rank)
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        named = "" if kind == torch.float32 else f" of {str(kind).removeprefix('torch.')}"
+        reduced = given(rank, small, kind)
+        training.all_reduce(reduced)
+        yield f"all_reduce{named}", summed.to(kind), reduced
+        gathered = torch.empty(ranks * ranks * _BLOCK, device=place, dtype=kind)
+        training.all_gather_into_tensor(gathered, given(rank, dtype=kind))
+        yield f"all_gather_into_tensor{named}", torch.cat([given(by, dtype=kind) for by in range(ranks)]), gathered
+        scattered = torch.empty(_BLOCK, device=place, dtype=kind)
+        training.reduce_scatter_tensor(scattered, given(rank, small, kind))
+        yield f"reduce_scatter_tensor{named}", summed.chunk(ranks)[rank].to(kind), scattered
+    highest = given(rank)
+    training.all_reduce(highest, training.ReduceOp.MAX)
+    yield "all_reduce of the highest", torch.stack([given(by) for by in range(ranks)]).amax(0), highest
+    sent = given(rank, dtype=dtype).view(torch.uint8)  # as zero.Init sends weights (DeepSpeed 0.19.8)
     training.broadcast(sent, ranks - 1)
-    yield "broadcast", given(ranks - 1), sent
+    yield "broadcast", given(ranks - 1, dtype=dtype).view(torch.uint8), sent
     swapped = torch.empty(ranks * _BLOCK, device=place)
     training.all_to_all_single(swapped, given(rank))
     yield "all_to_all_single", torch.cat([given(by).chunk(ranks)[rank] for by in range(ranks)]), swapped
