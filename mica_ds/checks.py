@@ -22,7 +22,7 @@ from mica_ds import comm, process
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.arguments import accumulation_steps, training_arguments
 from mica_ds.chat import ChatError, encode_chat
-from mica_ds.config import Config, read_deepspeed
+from mica_ds.config import Config, copy_group, read_deepspeed
 from mica_ds.documents import PDF, Broken, Document, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
 from mica_ds.links import device
@@ -35,7 +35,6 @@ from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
 from mica_ds.suites import open_suites
 from mica_ds.weights import open_checkpoint, stored_tensor
-from mica_ds.zero import copy_group
 
 _GIB = 1 << 30
 _FREE = 0.9  # share of a GPU's memory that must be free before anything is loaded

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from mica_ds import exchange, factor
 from mica_ds.adapter import lora_parameters
 from mica_ds.checks import checkpoint_bytes
-from mica_ds.config import Config
+from mica_ds.config import Config, copy_group
 from mica_ds.model import DTYPES
 from mica_ds.plan import Plan, skeleton
 from mica_ds.shards import matrix_of
-from mica_ds.zero import copy_group
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from deepspeed import comm as training
 
 from mica_ds import comm
-from mica_ds.config import Config
+from mica_ds.config import Config, copy_group
 from mica_ds.errors import UserError
 from mica_ds.model import DTYPES
 
@@ -58,7 +58,7 @@ def try_collectives(config: Config) -> str:
 
     Raises: UserError that names those with a wrong result on this rank.
     """
-    trials = list(_trials(DTYPES[config.model.dtype]))
+    trials = list(_trials(DTYPES[config.model.dtype], copy_group(config, comm.world_size())))
     wrong = [name for name, expected, found in trials if not torch.equal(expected, found)]
     if wrong:
         raise UserError(f"wrong result of {', '.join(wrong)}")
@@ -134,9 +134,14 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _trials(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each collective's name, the result that is due on this rank, and the one that came."""
+def _trials(dtype: torch.dtype, size: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each collective's name, the result that is due on this rank, and the one that came.
+
+    `size` is that of hpZ's groups, from which weights are gathered; 0 without any.
+    """
     ranks, rank, place = comm.world_size(), comm.rank(), device()
+    parts = [range(first, first + size) for first in range(0, ranks, size)] if size and ranks % size == 0 else []
+    groups = [training.new_group(list(part)) for part in parts]  # by all ranks, before any can hang
 
     def given(by: int, below: int = 257, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return ((torch.arange(ranks * _BLOCK, device=place) % 7 + by) % below).to(dtype)
@@ -159,6 +164,11 @@ def _trials(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tenso
         scattered = torch.empty(_BLOCK, device=place, dtype=kind)
         training.reduce_scatter_tensor(scattered, given(rank, small, kind))
         yield f"reduce_scatter_tensor{named}", summed.chunk(ranks)[rank].to(kind), scattered
+    for part, group in zip(parts, groups, strict=True):
+        if rank in part:
+            gathered = torch.empty(size * ranks * _BLOCK, device=place, dtype=dtype)
+            training.all_gather_into_tensor(gathered, given(rank, dtype=dtype), group)
+            yield "all_gather_into_tensor of hpZ", torch.cat([given(by, dtype=dtype) for by in part]), gathered
     highest = given(rank)
     training.all_reduce(highest, training.ReduceOp.MAX)
     yield "all_reduce of the highest", torch.stack([given(by) for by in range(ranks)]).amax(0), highest

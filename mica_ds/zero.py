@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mica_ds.config import Config, read_deepspeed
+from mica_ds.config import Config, copy_group, read_deepspeed
 from mica_ds.model import DTYPES
 
 # Share of a GPU's memory that can be used: torch's allocator keeps blocks that fit nothing (assumed, not measured).
@@ -45,12 +45,6 @@ class Cluster:
         if place == "gpu":
             return _USABLE * self.gpu_memory
         return (self.host_memory if place == "host" else self.nvme) / self.ranks_per_node
-
-
-def copy_group(config: Config, ranks: int) -> int:
-    """How many of these ranks share a second copy of the weights (hpZ); 0 without any. Local; reads its JSON."""
-    size = int(read_deepspeed(config)["zero_optimization"].get("zero_hpz_partition_size", 1))
-    return min(size, ranks) if size > 1 else 0
 
 
 class Zero:

@@ -24,9 +24,14 @@ def findings(finished: Finished) -> dict[str, dict[str, Any]]:
 
 
 def test_a_sound_cluster_is_green(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    finished = start_ranks(2, ["doctor", str(tiny_config())])
+    settings = json.loads((ROOT / "configs/deepspeed/zero3-multinode.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    config = tiny_config(deepspeed=str(tmp_path / "deepspeed.json"))
+    finished = start_ranks(2, ["doctor", str(config)])
     assert finished.codes == [0, 0], finished.output
     assert finished.output.count(" good ") == 12, finished.output
+    assert "hpZ" in finished.output
     assert finished.seconds < LIMIT
     assert not (tmp_path / "run").exists()
 
