@@ -1,5 +1,6 @@
 """Whether a run fits, and the nearest settings that do."""
 
+import math
 import shlex
 import shutil
 import socket
@@ -25,8 +26,8 @@ def nearest_fit(config: Config, cluster: Cluster) -> dict[str, Any] | None:
 
     What costs least is tried first, and each is kept while more is tried: fewer tokens at an evaluation, smaller
     micro-batches, recomputed activations, those offloaded, no second copy of the weights, weights and optimizer on the
-    host, then on NVMe, shorter sequences, more nodes. Of those that together fit, each goes, or is made milder, if it
-    still fits then.
+    host, then on NVMe, shorter sequences, more nodes, these with a larger global batch where they could not divide it.
+    Of those that together fit, each goes, or is made milder, if it still fits then.
     """
     changes: dict[str, Any] = {}
     tried: dict[str, list[Any]] = {}
@@ -101,11 +102,17 @@ def _plan(config: Config, cluster: Cluster) -> Plan | None:
 
 def _complain(config: Config, cluster: Cluster, plan: Plan) -> None:
     changes = nearest_fit(config, cluster)
-    advice = f"the nearest that fits: {told(changes)}" if changes else "nothing that could be set makes it fit"
+    advice = f"the nearest that fits: {_settings(changes)}" if changes else "nothing that could be set makes it fit"
     message = f"it does not fit: {verdict(plan)}; {advice}"
     if config.capacity == "refuse":
         raise UserError(f"{message}; capacity=warn tries all the same")
     comm.say(f"warning: plan: {message}")
+
+
+def _settings(changes: dict[str, Any]) -> str:
+    """Changes as `told`, but for the nodes: `train` takes those that its launcher gives it."""
+    settings = told({key: value for key, value in changes.items() if key != NODES})
+    return " ".join(filter(None, [settings, f"on {changes[NODES]} nodes" if NODES in changes else ""]))
 
 
 def _fits(config: Config, cluster: Cluster, changes: dict[str, Any]) -> bool:
@@ -133,7 +140,8 @@ def _candidates(config: Config, cluster: Cluster) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     found += [("evaluate.batch_tokens", tokens) for tokens in _halves(config.evaluate.batch_tokens, least=128)]
     rows = config.train.get("per_device_train_batch_size", 1)
-    found += [("train.per_device_train_batch_size", fewer) for fewer in _halves(rows, least=1)]
+    divisors = [fewer for fewer in range(rows - 1, 0, -1) if rows % fewer == 0]  # the global batch stays divisible
+    found += [("train.per_device_train_batch_size", fewer) for fewer in divisors]
     found.append(("train.activation_checkpointing", True))
     if cluster.gpu_memory:
         found.append(("model.offload_activations", True))
@@ -147,13 +155,18 @@ def _candidates(config: Config, cluster: Cluster) -> list[tuple[str, Any]]:
         if is_there and file.is_file() and file != config.deepspeed:
             found.append(("deepspeed", file))
     found += [("data.sequence_length", shorter) for shorter in _halves(length, least=128)]
-    return found + [(NODES, cluster.nodes * times) for times in (2, 4, 8, 16, 32)]
+    batch, per_node = config.data.global_batch, cluster.ranks_per_node
+    more = range(cluster.nodes + 1, 32 * cluster.nodes + 1)
+    found += [(NODES, nodes) for nodes in more if batch % (nodes * per_node) == 0]
+    for nodes in (cluster.nodes * times for times in (2, 4, 8, 16, 32)):
+        if batch % (ranks := nodes * per_node):
+            found += [("data.global_batch", math.ceil(batch / ranks) * ranks), (NODES, nodes)]
+    return found
 
 
 def _halves(number: int, least: int) -> list[int]:
     found = []
-    while number % 2 == 0 and number // 2 >= least:
-        number //= 2
+    while (number := number // 2) >= least:
         found.append(number)
     return found
 

@@ -22,7 +22,7 @@ from mica_ds import comm, process
 from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.arguments import accumulation_steps, training_arguments
 from mica_ds.chat import ChatError, encode_chat
-from mica_ds.config import Config, read_deepspeed
+from mica_ds.config import Config, copy_group, read_deepspeed
 from mica_ds.documents import PDF, Broken, Document, find_files, read, read_documents, split, stored_files, where
 from mica_ds.errors import UserError
 from mica_ds.links import device
@@ -219,9 +219,9 @@ def deepspeed_settings(config: Config) -> str:
     check_parallelism(config, read_model_config(config.model.path))
     check_packing(config)
     zero = read_deepspeed(config)["zero_optimization"]
-    group = min(zero.get("zero_hpz_partition_size", 1), ranks)
+    group = copy_group(config, ranks)
     first_of_node = rank - int(os.environ["LOCAL_RANK"])
-    if group > 1 and (ranks % group or rank // group * group < first_of_node):
+    if group and (ranks % group or rank // group * group < first_of_node):
         raise UserError(f"zero_hpz_partition_size={group} makes groups that reach over nodes, or are not whole")
     for section in ("offload_param", "offload_optimizer"):
         if zero.get(section, {}).get("device") == "nvme":

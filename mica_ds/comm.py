@@ -39,6 +39,7 @@ def start() -> None:
     Raises: UserError where the ranks do not meet in the minutes that DeepSpeed gives them (DEEPSPEED_TIMEOUT, 10).
     """
     global _group
+    process.heed_accelerator()
     process.find_ranks()
     if not torch.cuda.is_available():
         process.require_no_gpu()

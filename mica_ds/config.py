@@ -186,6 +186,12 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     return json.loads(config.deepspeed.read_text())
 
 
+def copy_group(config: Config, ranks: int) -> int:
+    """How many of these ranks share a second copy of the weights (hpZ); 0 without any. Local."""
+    size = int(read_deepspeed(config)["zero_optimization"].get("zero_hpz_partition_size", 1))
+    return min(size, ranks) if size > 1 else 0  # as DeepSpeed has it (0.19.8)
+
+
 def _check_evaluation(path: Path, config: Config) -> None:
     """Refuse settings that would do nothing without others."""
     scored = config.evaluate

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from mica_ds import exchange, factor
 from mica_ds.adapter import lora_parameters
 from mica_ds.checks import checkpoint_bytes
-from mica_ds.config import Config, read_deepspeed
+from mica_ds.config import Config, copy_group
 from mica_ds.model import DTYPES
 from mica_ds.plan import Plan, skeleton
 from mica_ds.shards import matrix_of
@@ -40,8 +40,7 @@ def count_costs(config: Config, plan: Plan) -> Costs:
     """Follow from a plan what the run costs besides memory. Local."""
     _, modules, weights = skeleton(config)
     ranks, itemsize = plan.cluster.ranks, DTYPES[config.model.dtype].itemsize
-    group = min(int(read_deepspeed(config)["zero_optimization"].get("zero_hpz_partition_size", 1)), ranks)
-    sources = group if group > 1 else ranks
+    sources = copy_group(config, ranks) or ranks
     r, matrices = config.adapter.r, [matrix_of(*module) for module in modules.items()]
     checkpoint = checkpoint_bytes(config)
     lora = lora_parameters(modules, r)

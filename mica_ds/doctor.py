@@ -96,13 +96,14 @@ def _checks(config: Config, token: str) -> list[Check]:
         Check("machine", of(checks.machine), "free it, set it up like the others, or leave it out", links.alike),
         Check(
             "collectives",
-            links.try_collectives,
+            of(links.try_collectives),
             "check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the fabric; NCCL_DEBUG=INFO says more",
         ),
         Check(
             "links",
             links.time_pairs,
-            "check cable, port and driver (ibstat, nvidia-smi topo -m), or leave the node out",
+            "check cable, port and driver (ibstat, nvidia-smi topo -m), or leave the node out; between all nodes, "
+            "NCCL_SOCKET_IFNAME and NCCL_IB_HCA (in slurm/cluster.env), and that NCCL_IB_DISABLE is not set",
             links.pairs_are_even,
             limit=30,
         ),

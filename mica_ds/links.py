@@ -10,19 +10,24 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from deepspeed import comm as training
 
 from mica_ds import comm
+from mica_ds.config import Config, copy_group
 from mica_ds.errors import UserError
+from mica_ds.model import DTYPES
 
 _APART = 1.0  # seconds by which clocks may differ
 _BLOCK = 256  # elements that each rank gives to each other in a trial
 _TURNS = 20  # exchanges of one element for a latency
 _LARGE = 8 << 20  # elements (32 MiB) of an exchange for a bandwidth
+_LEAST = 1e9  # bytes/s between nodes' GPUs, far below any fabric made for them: NCCL has fallen back to Ethernet
 _SLOW, _LATE = 2, 10  # times the usual bandwidth, latency: a latency also grows with what else a machine is doing
 
+T = TypeVar("T")
 Judgement = tuple[str, dict[int, str]]
 """What was found in all, and what is wrong by rank."""
 Pairs = tuple[str, dict[int, tuple[float, float]]]
@@ -48,12 +53,12 @@ def clocks_agree(seen: list[float]) -> Judgement:
     return f"{max(seen) - min(seen):.2f} s apart", faults
 
 
-def try_collectives() -> str:
-    """Check each collective that training uses on numbers whose result is known exactly. Collective.
+def try_collectives(config: Config) -> str:
+    """Check each collective that training uses, in its dtypes, on numbers whose result is known exactly. Collective.
 
     Raises: UserError that names those with a wrong result on this rank.
     """
-    trials = list(_trials())
+    trials = list(_trials(DTYPES[config.model.dtype], copy_group(config, comm.world_size())))
     wrong = [name for name, expected, found in trials if not torch.equal(expected, found)]
     if wrong:
         raise UserError(f"wrong result of {', '.join(wrong)}")
@@ -61,22 +66,38 @@ def try_collectives() -> str:
 
 
 def time_pairs() -> Pairs:
-    """Time exchanges with both neighbours in the ring of ranks. Collective; about 270 MB a rank, each way."""
-    ranks, rank = comm.world_size(), comm.rank()
-    ring = [(first, (first + 1) % ranks) for first in range(ranks if ranks > 2 else ranks - 1)]
-    found = {}
-    # The same order on all ranks, in which neighbours of neighbours exchange side by side.
-    for pair in sorted(ring, key=lambda pair: (pair[0] % 2, pair)):
+    """Time exchanges of neighbours within nodes, and of ranks in the same place of neighbouring nodes.
+
+    Each GPU so crosses nodes, at once with the others of its node. Collective; up to 540 MB a rank, each way.
+    """
+    rank, host, found = comm.rank(), socket.gethostname(), {}
+    for pair in pairs_to_time(comm.gather(host)):  # the same order on all ranks
         if rank in pair:
             partner = pair[1 - pair.index(rank)]
             measured = _time_pair(partner)
             if rank == pair[0]:
                 found[partner] = measured
-    return socket.gethostname(), found
+    return host, found
+
+
+def pairs_to_time(hosts: list[str]) -> list[tuple[int, int]]:
+    """Ranks on these hosts that are to exchange, first those within nodes; many can side by side. Local."""
+    nodes = [[rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)]
+    within = [pair for node in nodes for pair in _ring(node)]
+    return within + [pair for one, other in _ring(nodes) for pair in zip(one, other, strict=False)]
+
+
+def _ring(members: list[T]) -> list[tuple[T, T]]:
+    """All neighbours, every second pair first."""
+    count = len(members) if len(members) > 2 else len(members) - 1
+    return [(members[i], members[(i + 1) % len(members)]) for i in (*range(0, count, 2), *range(1, count, 2))]
 
 
 def pairs_are_even(seen: list[Pairs]) -> Judgement:
-    """Which pairs have half of the usual bandwidth, or ten times the latency, within a node or between nodes. Local."""
+    """Which pairs have half of the usual bandwidth, or ten times the latency, within a node or between nodes. Local.
+
+    Between nodes GPUs must also have what any fabric made for them has.
+    """
     found: list[str] = []
     faults: dict[int, str] = {}
     for is_within, kind in ((True, "within a node"), (False, "between nodes")):
@@ -98,6 +119,8 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
             wrong = []
             if speed < usual / _SLOW:
                 wrong.append(f"exchange {_gigabytes(speed)} GB/s, usual {kind} are {_gigabytes(usual)}")
+            elif speed < _LEAST and not is_within and device().type == "cuda":
+                wrong.append(f"exchange {_gigabytes(speed)} GB/s, GPUs {kind} need {_gigabytes(_LEAST)} at least")
             if latency > prompt * _LATE:
                 wrong.append(f"need {latency * 1e6:.0f} µs for a word, usual {kind} are {prompt * 1e6:.0f}")
             for said in wrong:
@@ -111,30 +134,47 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _trials() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Each collective's name, the result that is due on this rank, and the one that came."""
+def _trials(dtype: torch.dtype, size: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each collective's name, the result that is due on this rank, and the one that came.
+
+    `size` is that of hpZ's groups, from which weights are gathered; 0 without any.
+    """
     ranks, rank, place = comm.world_size(), comm.rank(), device()
+    parts = [range(first, first + size) for first in range(0, ranks, size)] if size and ranks % size == 0 else []
+    groups = [training.new_group(list(part)) for part in parts]  # by all ranks, before any can hang
 
-    def given(by: int) -> torch.Tensor:
-        return (torch.arange(ranks * _BLOCK, device=place) % 7 + by).float()  # small integers: sums are exact
+    def given(by: int, below: int = 257, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return ((torch.arange(ranks * _BLOCK, device=place) % 7 + by) % below).to(dtype)
 
-    summed = sum((given(by) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
+    # Integers up to 256 are exact in each dtype, and so are sums of these up to 256 ranks.
+    small = max(2, 1 + 256 // ranks)
+    summed = sum((given(by, small) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
     # The bases' own way. First, since later ones may hang on some ranks alone, and the doctor goes on in this group.
-    owned = given(rank).double().cpu()
+    owned = given(rank, small).double().cpu()
     comm.sum_to(owned, 0)
     yield "reduce", summed.double().cpu() if rank == 0 else owned, owned
-    reduced = given(rank)
-    training.all_reduce(reduced)
-    yield "all_reduce", summed, reduced
-    gathered = torch.empty(ranks * ranks * _BLOCK, device=place)
-    training.all_gather_into_tensor(gathered, given(rank))
-    yield "all_gather_into_tensor", torch.cat([given(by) for by in range(ranks)]), gathered
-    scattered = torch.empty(_BLOCK, device=place)
-    training.reduce_scatter_tensor(scattered, given(rank))
-    yield "reduce_scatter_tensor", summed.chunk(ranks)[rank], scattered
-    sent = given(rank)
+    for kind in dict.fromkeys((torch.float32, dtype)):
+        named = "" if kind == torch.float32 else f" of {str(kind).removeprefix('torch.')}"
+        reduced = given(rank, small, kind)
+        training.all_reduce(reduced)
+        yield f"all_reduce{named}", summed.to(kind), reduced
+        gathered = torch.empty(ranks * ranks * _BLOCK, device=place, dtype=kind)
+        training.all_gather_into_tensor(gathered, given(rank, dtype=kind))
+        yield f"all_gather_into_tensor{named}", torch.cat([given(by, dtype=kind) for by in range(ranks)]), gathered
+        scattered = torch.empty(_BLOCK, device=place, dtype=kind)
+        training.reduce_scatter_tensor(scattered, given(rank, small, kind))
+        yield f"reduce_scatter_tensor{named}", summed.chunk(ranks)[rank].to(kind), scattered
+    for part, group in zip(parts, groups, strict=True):
+        if rank in part:
+            gathered = torch.empty(size * ranks * _BLOCK, device=place, dtype=dtype)
+            training.all_gather_into_tensor(gathered, given(rank, dtype=dtype), group)
+            yield "all_gather_into_tensor of hpZ", torch.cat([given(by, dtype=dtype) for by in part]), gathered
+    highest = given(rank)
+    training.all_reduce(highest, training.ReduceOp.MAX)
+    yield "all_reduce of the highest", torch.stack([given(by) for by in range(ranks)]).amax(0), highest
+    sent = given(rank, dtype=dtype).view(torch.uint8)  # as zero.Init sends weights (DeepSpeed 0.19.8)
     training.broadcast(sent, ranks - 1)
-    yield "broadcast", given(ranks - 1), sent
+    yield "broadcast", given(ranks - 1, dtype=dtype).view(torch.uint8), sent
     swapped = torch.empty(ranks * _BLOCK, device=place)
     training.all_to_all_single(swapped, given(rank))
     yield "all_to_all_single", torch.cat([given(by).chunk(ranks)[rank] for by in range(ranks)]), swapped

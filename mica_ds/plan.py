@@ -139,7 +139,7 @@ def _partitions(zero: Zero, weights: Weights) -> list[Part]:
     base = weights.stored or weights.trained
     name = "frozen partitions" if weights.stored else "partitions"
     parts = [Part(name, zero.parameters, zero.partition(base, zero.ranks, zero.parameters))]
-    if zero.group > 1:
+    if zero.group:
         parts.append(Part("second copy (hpZ)", zero.parameters, zero.partition(base, zero.group, zero.parameters)))
     if zero.parameters == "nvme":
         buffers = int(zero.swap.get("buffer_count", 5)) * int(zero.swap.get("buffer_size", 1e8))

@@ -63,6 +63,15 @@ def why_apart(error: Exception) -> str:
     )
 
 
+def heed_accelerator() -> None:
+    """Hide the GPUs where DS_ACCELERATOR=cpu says that DeepSpeed shall not use them. Local, before CUDA is asked.
+
+    What torch saw of them would be used by all but DeepSpeed.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def require_no_gpu() -> None:
     """Raise a UserError where this process has GPUs that torch does not see: it would train on the CPU. Local.
 

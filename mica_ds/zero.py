@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mica_ds.config import Config, read_deepspeed
+from mica_ds.config import Config, copy_group, read_deepspeed
 from mica_ds.model import DTYPES
 
 # Share of a GPU's memory that can be used: torch's allocator keeps blocks that fit nothing (assumed, not measured).
@@ -67,8 +67,8 @@ class Zero:
         self.optimizer = self._place(settings, "offload_optimizer")
         """Where its masters and moments do."""
         self.swap = settings.get("offload_param", {})
-        self.group = settings.get("zero_hpz_partition_size", 1)
-        """Ranks that share a second copy of the weights; 1 without any."""
+        self.group = copy_group(config, cluster.ranks)
+        """Ranks that share a second copy of the weights; 0 without any."""
 
     def _place(self, settings: dict[str, Any], section: str) -> str:
         device = settings.get(section, {}).get("device", "none")

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from mica_ds import checks, comm, suites
+from mica_ds import checks, comm, links, suites
 from mica_ds.config import load_config
 from mica_ds.doctor import Check, Result, _look, print_results
 from mica_ds.errors import UserError
-from mica_ds.links import alike, clocks_agree, pairs_are_even
+from mica_ds.links import alike, clocks_agree, pairs_are_even, pairs_to_time
 
 from .conftest import ROOT, write_nvme_settings
 
@@ -55,6 +55,30 @@ def test_a_slow_pair_is_found_among_its_own_kind() -> None:
     even[3] = ("n2", {0: (2e-4, 20e9)})
     late = "ranks 3 and 0 need 200 µs for a word, usual between nodes are 10"
     assert pairs_are_even(even)[1] == {0: late, 1: fault, 2: fault, 3: late}
+
+
+def test_gpus_of_two_nodes_that_are_all_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = (1e-5, 20e9), (1e-5, 0.12e9)
+    for seen in (
+        [("n1", {1: slow}), ("n2", {})],
+        [("n1", {1: fast, 2: slow}), ("n1", {3: slow}), ("n2", {}), ("n2", {})],
+    ):
+        monkeypatch.setattr(links, "device", lambda: torch.device("cpu"))
+        assert pairs_are_even(seen)[1] == {}
+        monkeypatch.setattr(links, "device", lambda: torch.device("cuda"))
+        faults = pairs_are_even(seen)[1]
+        assert faults.keys() == set(range(len(seen)))
+        pair = (0, 1) if len(seen) == 2 else (1, 3)
+        assert faults[1] == f"ranks {pair[0]} and {pair[1]} exchange 0.12 GB/s, GPUs between nodes need 1 at least"
+
+
+def test_each_rank_is_timed_with_its_neighbours_and_across_nodes() -> None:
+    assert pairs_to_time(["n1"]) == []
+    assert pairs_to_time(["n1"] * 2) == [(0, 1)]
+    assert pairs_to_time(["n1"] * 4) == [(0, 1), (2, 3), (1, 2), (3, 0)]
+    assert pairs_to_time(["n1", "n2", "n3"]) == [(0, 1), (2, 0), (1, 2)]
+    across = pairs_to_time(["n1"] * 8 + ["n2"] * 8)[16:]
+    assert across == [(rank, rank + 8) for rank in range(8)]
 
 
 def test_a_look_that_hangs_or_raises_is_a_finding() -> None:

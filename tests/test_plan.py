@@ -97,6 +97,17 @@ def test_the_shipped_70b_config_takes_what_sums_by_hand_say(llama: Path) -> None
     assert not plan.misfits
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_fewer_ranks_than_the_second_copy_asks_for_share_it(ranks: int, llama: Path) -> None:
+    config = shipped(llama, "data.sequence_length=1024")
+    plan = make_plan(config, Cluster(1, ranks, 80 * GIB, 1024 * GIB))
+    assert sizes(plan, "loss")["second copy (hpZ)"] == pytest.approx(2 * PARAMETERS / ranks)
+    assert sizes(plan, "loss")["frozen partitions"] == pytest.approx(2 * PARAMETERS / ranks)
+    layers = 2 * PARAMETERS - 4 * VOCABULARY * HIDDEN
+    gathered = (ranks - 1) / ranks * (2 * layers + 4 * VOCABULARY * HIDDEN)
+    assert count_costs(config, plan).gathered == pytest.approx(32 / ranks * gathered, rel=0.01)
+
+
 def test_no_rank_needs_more_with_more_ranks(llama: Path) -> None:
     for overrides in ([], [PLAIN], [OFFLOADED]):
         plans = [make_plan(shipped(llama, *overrides), gpus(nodes)) for nodes in (1, 2, 4)]
@@ -208,6 +219,32 @@ def test_the_nearest_setting_fits_and_is_needed(gpu: float, overrides: list[str]
         assert make_plan(*replaced(config, cluster, others)).misfits, key
 
 
+SMALLEST = ["data.sequence_length=128", "evaluate.batch_tokens=128", "evaluate.questions=null"]
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(3, 1), (6, 3), (6, 2)])
+def test_micro_batches_become_smaller_by_what_divides_them(rows: int, fewer: int, llama: Path) -> None:
+    def of(rows: int) -> Config:
+        sized = [f"train.per_device_train_batch_size={rows}", "data.global_batch=48"]
+        return shipped(llama, PLAIN, *SMALLEST, "data.sequence_length=1024", "evaluate.retention=null", *sized)
+
+    fitting = make_plan(of(fewer), gpus(1))
+    need = fitting.need("gpu", fitting.worst("gpu"))
+    changes = nearest_fit(of(rows), gpus(1, need / 0.95 / GIB + 1e-6))
+    assert changes == {"train.per_device_train_batch_size": fewer}
+
+
+@pytest.mark.parametrize(("batch", "changes"), [(48, {"--nodes": 3}), (16, {"--nodes": 4, "data.global_batch": 32})])
+def test_nodes_that_do_not_divide_the_batch_come_with_a_larger_one(
+    batch: int, changes: dict[str, int], llama: Path
+) -> None:
+    config = shipped(llama, PLAIN, *SMALLEST, "evaluate.retention=null", f"data.global_batch={batch}")
+    larger = replaced(config, Cluster(1, 8, 0, 1 << 60), changes)
+    plan = make_plan(*larger)
+    host = 8 * plan.need("host", plan.worst("host"))
+    assert nearest_fit(config, Cluster(1, 8, 0, host)) == changes
+
+
 def test_changes_can_be_pasted_into_a_shell() -> None:
     changes = {"deepspeed": Path("/my files/zero3.json"), "train.activation_checkpointing": True, "--nodes": 2}
     assert told(changes) == "'deepspeed=/my files/zero3.json' train.activation_checkpointing=true --nodes=2"
@@ -233,6 +270,9 @@ def test_what_does_not_fit_is_refused_or_warned_of(
     capacity._complain(warning, cluster, plan)
     assert said[0].startswith("warning: plan: it does not fit: ")
     assert said[0].endswith(nearest)
+    monkeypatch.setattr(capacity, "nearest_fit", lambda *_: {"train.activation_checkpointing": True, "--nodes": 2})
+    capacity._complain(warning, cluster, plan)
+    assert said[1].endswith("the nearest that fits: train.activation_checkpointing=true on 2 nodes")
 
 
 def run(*arguments: Any) -> tuple[int, str]:

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from mica_ds import process
+from mica_ds import comm, process
 from mica_ds.errors import UserError
 
 
@@ -40,6 +41,34 @@ def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     process.find_ranks()
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+
+
+@pytest.mark.parametrize(("asked", "visible"), [("cpu", ""), ("cuda", "0,1"), (None, "0,1")])
+def test_no_gpu_is_seen_where_deepspeed_shall_use_none(
+    asked: str | None, visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if asked:
+        monkeypatch.setenv("DS_ACCELERATOR", asked)
+    seen = []
+
+    def is_available() -> bool:
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        return bool(seen[-1])
+
+    def stop(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(process, "find_ranks", lambda: None)
+    monkeypatch.setattr(process, "require_compiler", lambda: None)
+    monkeypatch.setattr(process, "load_deepspeed", stop)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InterruptedError):  # not the UserError of `require_no_gpu`
+        comm.start()
+    assert seen == [visible]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.dist
 
 LIMIT = 120  # seconds
 COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single"]
+TRIALS = [*COLLECTIVES[:3], *(f"{name} of bfloat16" for name in COLLECTIVES[:3]), "all_reduce of the highest"]
 
 
 def findings(finished: Finished) -> dict[str, dict[str, Any]]:
@@ -23,9 +24,14 @@ def findings(finished: Finished) -> dict[str, dict[str, Any]]:
 
 
 def test_a_sound_cluster_is_green(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    finished = start_ranks(2, ["doctor", str(tiny_config())])
+    settings = json.loads((ROOT / "configs/deepspeed/zero3-multinode.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    config = tiny_config(deepspeed=str(tmp_path / "deepspeed.json"))
+    finished = start_ranks(2, ["doctor", str(config)])
     assert finished.codes == [0, 0], finished.output
     assert finished.output.count(" good ") == 12, finished.output
+    assert "hpZ" in finished.output
     assert finished.seconds < LIMIT
     assert not (tmp_path / "run").exists()
 
@@ -40,7 +46,7 @@ def test_everything_broken_is_named_with_its_rank(
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     config = tiny_config(
-        model={"path": str(model)},
+        model={"path": str(model), "dtype": "bfloat16"},
         data={"global_batch": 6},
         checkpoint={"keep": 1_000_000_000_000},
         deepspeed=str(tmp_path / "deepspeed.json"),
@@ -69,7 +75,7 @@ def test_everything_broken_is_named_with_its_rank(
         "versions": ([1], "version.peft 0.0.1 instead of 0."),
         "clocks": ([1], "+5.0 s"),
         "machine": ([1], "cores 1 instead of "),
-        "collectives": ([1], f"wrong result of {', '.join(COLLECTIVES)}, send and receive"),
+        "collectives": ([1], f"wrong result of {', '.join([*TRIALS, *COLLECTIVES[3:]])}, send and receive"),
         "links": ([1, 2], "ranks 1 and 2 exchange"),
         "compiled ops": ([1], "no C++ compiler (c++)"),
         "deepspeed": ([0, 1, 2], "zero_hpz_partition_size=2"),
