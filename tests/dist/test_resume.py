@@ -357,7 +357,7 @@ def test_a_signal_while_libraries_are_imported(config: Path, tmp_path: Path) -> 
 
 def test_a_signal_in_an_evaluation(other: Run) -> None:
     """No further step is taken, which could be one too many before a scheduler's patience ends."""
-    watch = {"signal_in_evaluation": [signal.SIGUSR1, 2]}
+    watch = {"signal_in_evaluation": [signal.SIGUSR1, 3]}
     stopped = other.train(2, "train.save_steps=50", "evaluate.every=3", **watch)
     assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
     assert other.checkpoints() == ["step-000003"]

@@ -2,10 +2,9 @@
 
 WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank;
 `not_finite`: the steps whose loss is NaN on the last rank; `infinite`: those whose gradient is infinite there;
-`signal`: [number, step], sent to the last rank by itself; `signal_in_evaluation`: [number, evaluation], likewise.
+`signal`: [number, step], sent to the last rank by itself; `signal_in_evaluation`: the same in that after the step.
 """
 
-import itertools
 import json
 import os
 import signal
@@ -26,9 +25,11 @@ def main() -> None:
     is_last = comm.rank() == comm.world_size() - 1
     compute_loss = trainer.MicaTrainer.compute_loss
     read = data.Sequences.__getitems__  # by which a data loader reads, and nothing else
+    score, steps = evaluate.Evaluator.score, [0]
 
     def watched_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         step = self.state.global_step + 1
+        steps.append(step)
         with notes.open("a") as file:
             file.write(json.dumps({"step": step, **{key: rows.tolist() for key, rows in inputs.items()}}) + "\n")
         if is_last and watch.get("signal", [0, 0])[1] == step:
@@ -43,10 +44,8 @@ def main() -> None:
             file.writelines(f"{index}\n" for index in indices)
         return read(self, indices)
 
-    score, scored = evaluate.Evaluator.score, itertools.count(1)
-
     def watched_score(self: Any, engine: Any) -> Any:
-        if is_last and watch.get("signal_in_evaluation", [0, 0])[1] == next(scored):
+        if is_last and watch.get("signal_in_evaluation", [0, None])[1] == steps[-1]:
             os.kill(os.getpid(), watch["signal_in_evaluation"][0])
         return score(self, engine)
 
