@@ -20,6 +20,8 @@ def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     power cut the file may be the earlier one, but not empty.
     """
     unfinished = partial(file) if is_shared else file.with_name(f"{file.name}.partial")
+    for left in abandoned(file) if is_shared else []:
+        left.unlink(missing_ok=True)
     try:
         yield unfinished
         sync(unfinished)

@@ -69,7 +69,7 @@ def test_memory_grows_as_planned(ranks: int, offload: str, length: int, smollm2:
 
 @pytest.fixture
 def deep(tmp_path: Path) -> Path:
-    """The config of one step whose activations are most of its memory: 8 layers, 16 sequences of 256 tokens."""
+    """The config of one step whose activations are most of its memory: 8 layers, 8 sequences of 256 tokens."""
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4}
     settings = transformers.LlamaConfig(vocab_size=49152, num_hidden_layers=8, tie_word_embeddings=True, **shape)
     transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path / "model")
@@ -77,9 +77,9 @@ def deep(tmp_path: Path) -> Path:
     return write_config(
         tmp_path,
         tmp_path / "model",
-        data={"sequence_length": 256, "global_batch": 16},
+        data={"sequence_length": 256, "global_batch": 8},
         evaluate={"questions": None, "retention": None},
-        train={"per_device_train_batch_size": 16, "max_steps": 1},
+        train={"per_device_train_batch_size": 8, "max_steps": 1},
         deepspeed=str(ROOT / "configs/deepspeed/zero3.json"),
     )
 
@@ -110,7 +110,7 @@ def test_what_is_offloaded_is_not_kept_on_the_gpu(deep: Path, tmp_path: Path) ->
         journal = map(json.loads, (tmp_path / offloaded / "journal.jsonl").open())
         values = [entry["values"] for entry in journal if entry["kind"] == "metrics"]
         peaks.append(max(found["device_peak_bytes"] for found in values if "device_peak_bytes" in found))
-    layers = 7 * 16 * 256 * 256 * 4  # the inputs of all but the one at work, fp32
+    layers = 7 * 8 * 256 * 256 * 4  # the inputs of all but the one at work, fp32
     assert peaks[0] - peaks[1] > 0.8 * layers
 
 

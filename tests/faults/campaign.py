@@ -125,6 +125,8 @@ class Campaign:
         """Disturb a run, start it again until it ends well, and compare it."""
         run = self._folder / name
         seconds, codes, output = self._disturb(run, moment)
+        heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
+        survivor_in = heard[1] if heard else ""
         left = sorted(str(path.relative_to(run)) for path in run.rglob("*.partial"))
         resumed_from: list[int] = []
         differences = (float("nan"), float("nan"))
@@ -132,11 +134,10 @@ class Campaign:
         try:
             resumed_from = self._start_to_the_end(run)
             differences = self._compare(run, faults)
-            faults += _misses(moment, left, resumed_from[0])
+            faults += _misses(moment, survivor_in, left, resumed_from[0])
         except RuntimeError as error:
             faults.append(str(error))
-        heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
-        return Outcome(moment, seconds, codes, heard[1] if heard else "", left, resumed_from, *differences, faults)
+        return Outcome(moment, seconds, codes, survivor_in, left, resumed_from, *differences, faults)
 
     def _start(self, run: Path, program: str = "mica_ds") -> tuple[list[Program], Path]:
         log = run.with_suffix(".log")
@@ -210,13 +211,17 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
     return faults
 
 
-def _misses(moment: Moment, left: list[str], resumed_from: int) -> list[str]:
-    """What a moment was meant for, where it came before or after it."""
+def _misses(moment: Moment, survivor_in: str, left: list[str], resumed_from: int) -> list[str]:
+    """What a moment was meant for, where it came before or after it.
+
+    Rank 0 writes: where it is killed, half of it is left, and where the other is, it is in it when it hears.
+    """
     first = f"checkpoints/step-{SAVE_EVERY:06d}.partial"
+    is_writer = moment.ranks[0] == 0
     is_hit = {
-        "writing a checkpoint": left == [first],
+        "writing a checkpoint": left == [first] if is_writer else "mica_ds.checkpoint._write" in survivor_in,
         "gathering for a checkpoint": not left and resumed_from == 0,
-        "exporting": left == ["adapter.partial"],
+        "exporting": left == ["adapter.partial"] if is_writer else "mica_ds.export" in survivor_in,
         "training": resumed_from < STEPS,
     }
     return [] if is_hit.get(moment.phase, True) else [f"came beside {moment.phase}"]
