@@ -1,6 +1,9 @@
 """`mica-ds` runs alike under every launcher and alone."""
 
 import json
+import os
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +13,9 @@ from typer.testing import CliRunner
 
 from mica_ds.cli import app
 
-from ..conftest import ROOT, Finished, environment, free_ports, start
+from ..conftest import LAUNCH_LIMIT, ROOT, Finished, environment, free_ports, start
 from ..remote import hosts, obstacle
+from ..slurm import wait_until
 from .test_basis import manifest
 
 pytestmark = pytest.mark.dist
@@ -101,6 +105,19 @@ def test_a_script_trains(
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["world_size"], summary["steps"]) == (2, 4)
     assert manifest(tmp_path / "run")["r"] == 3  # settings pass through
+
+
+def test_a_signal_to_the_script_reaches_the_ranks(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    log, run = tmp_path / "log", tmp_path / "run"
+    command = ["bash", "launch/train.sh", str(tiny_config(train={"max_steps": 10_000, "save_steps": 5_000}))]
+    with log.open("w") as output:
+        variables = environment(MASTER_PORT=str(free_ports(1)[0]), NUM_RANKS="2")
+        script = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output)
+    wait_until(lambda: "{'loss'" in log.read_text(), tmp_path, LAUNCH_LIMIT)
+    script.send_signal(signal.SIGUSR1)
+    assert script.wait(60) == os.EX_TEMPFAIL, log.read_text()
+    (saved,) = (run / "checkpoints").iterdir()
+    assert f"stopped by a signal: {saved} holds all" in log.read_text()
 
 
 @pytest.mark.slow
