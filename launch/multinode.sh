@@ -22,7 +22,7 @@ done 3<"$HOSTFILE"
 
 # Of the variables, DeepSpeed (0.19.8) takes only some names to the other nodes, and those of this file.
 export DS_ENV_FILE=.venv/launch.env
-taken='TORCH_EXTENSIONS_DIR|OMP_NUM_THREADS|HF_HOME|HF_HUB_OFFLINE|GLOO_\w+|NCCL_\w+|DEEPSPEED_TIMEOUT'
+taken='DS_ACCELERATOR|CXX|TORCH_EXTENSIONS_DIR|OMP_NUM_THREADS|HF_HOME|HF_HUB_OFFLINE|GLOO_\w+|NCCL_\w+|DEEPSPEED_TIMEOUT'
 env | grep -E "^($taken)=" >"$DS_ENV_FILE" || true
 # Those of MLflow it takes all, on a command line that everyone on the nodes can read: not the secrets among them.
 for secret in $(compgen -e MLFLOW_ | grep -E '(PASSWORD|PASSWD|TOKEN|SECRET|KEY)$' || true); do

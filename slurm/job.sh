@@ -21,6 +21,7 @@ fi
 ranks=${SLURM_GPUS_PER_NODE:-0}
 ranks=${ranks##*:}
 [ "$ranks" -gt 0 ] || ranks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+if [ "${SLURM_GPUS_PER_NODE:-}" = 0 ]; then export DS_ACCELERATOR=cpu; fi # not every site hides GPUs that nobody asked for
 [ -n "$ranks" ] || fail "no GPUs allocated; source slurm/cluster.env before sbatch, or give it --ntasks-per-node"
 read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs that share a node differ; below the ports that Linux hands out

@@ -13,6 +13,7 @@ SRUN = """#!/bin/sh
 case "$*" in *--overlap*) exit $LOST ;; esac
 echo "$*" >srun
 echo "$MASTER_ADDR $MASTER_PORT" >meeting
+echo "${DS_ACCELERATOR-any}" >accelerator
 exit $CODE
 """
 SBATCH = """#!/bin/sh
@@ -41,7 +42,8 @@ def call(folder: Path, script: str, *arguments: str, **variables: str) -> subpro
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH), ("scancel", SCANCEL)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "CLUSTER_"))}
+    ours = ("SLURM_", "CLUSTER_", "DS_ACCELERATOR")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     given = {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CODE": "0", "LOST": "0", "REFUSED": "none", **variables}
     command = ["bash", f"slurm/{script}", *arguments]
     return subprocess.run(command, cwd=folder, env=clean | given, capture_output=True, text=True)
@@ -70,6 +72,8 @@ def test_as_many_ranks_as_were_asked_for(variables: dict[str, str], ranks: int, 
     done = submit(tmp_path, "train", "my.yaml", **ALLOCATED, **variables)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "srun").read_text().startswith(f"--ntasks={2 * ranks} --ntasks-per-node={ranks} ")
+    expected = "cpu" if variables.get("SLURM_GPUS_PER_NODE") == "0" else "any"
+    assert (tmp_path / "accelerator").read_text() == f"{expected}\n"
 
 
 @pytest.mark.parametrize(
