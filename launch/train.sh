@@ -14,23 +14,25 @@ if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # which DeepSpe
   devices=(--include "localhost:$(cut -d, -f"-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
   unset CUDA_VISIBLE_DEVICES
 fi
-deepspeed --no_local_rank "${devices[@]}" --master_port "${MASTER_PORT:-29500}" --module mica_ds "$verb" "$@" &
+# bash lets what it starts in the background ignore interrupts.
+heeding='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])'
+python -c "$heeding" deepspeed --no_local_rank "${devices[@]}" --master_port "${MASTER_PORT:-29500}" \
+  --module mica_ds "$verb" "$@" &
 launcher=$!
 
 # The launcher (0.19.8) would end alone and leave its ranks behind. They get the signal themselves, save a checkpoint, and
 # end it by their own end. An interrupt reaches all by the terminal.
 pass() { # what has ended meanwhile is nothing to tell of
   local inner="" ranks=""
-  read -r inner <"/proc/$launcher/task/$launcher/children" || true # one process, which starts the ranks
-  [ -z "$inner" ] || ranks=$(cat "/proc/$inner/task/$inner/children")
+  read -r inner _ <"/proc/$launcher/task/$launcher/children" || true # it starts the ranks
+  if [ -n "$inner" ]; then ranks=$(cat "/proc/$inner/task/$inner/children") || true; fi
   kill -s "$1" ${ranks:-$inner $launcher} || true
   [ -n "$ranks" ] || exit 75 # they had not begun
 }
 trap 'pass TERM 2>/dev/null' TERM
 trap 'pass USR1 2>/dev/null' USR1
 trap : INT
-while true; do # a trap ends a wait, too
-  code=0
-  wait "$launcher" || code=$?
-  if [ "$code" -le 128 ] || ! kill -0 "$launcher" 2>/dev/null; then exit "$code"; fi
-done
+while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a trap ends a wait, too
+code=0
+wait "$launcher" || code=$?
+exit "$code"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from mica_ds import sender, signals
+from mica_ds import sender
 from mica_ds.arms import load_study
 from mica_ds.config import load_config
 from mica_ds.errors import UserError
@@ -31,7 +31,6 @@ Overrides = Annotated[
 
 
 def _run(verb: str, config: Path, overrides: list[str] | None, **options: Any) -> None:
-    signals.watch_imports()
     from mica_ds import comm  # imports torch, which `sync` needs not wait for
 
     def main() -> None:

@@ -37,7 +37,8 @@ def carry_out(
     waiting, going, free = list(runs), list[_Attempt](), slots(study)
     try:
         while waiting or going:
-            while waiting and free:
+            # Whose GPUs a run of an earlier start has is not known.
+            while waiting and free and not (free[0] and any(attempt.is_waiting for attempt in going)):
                 going.append(_Attempt(study, waiting.pop(0), parent, free.pop(0)))
             for attempt in list(going):
                 code = attempt.poll()
@@ -89,7 +90,7 @@ class _Attempt:
         self.run, self.slot = run, slot
         self._command = [*study.launch, str(study.base), *run.overrides, "resume=auto", f"tracking.parent={parent}"]
         self._environment = os.environ | _place(study) | slot
-        self._is_waiting = False
+        self.is_waiting = False
         self._process: subprocess.Popen[bytes] | None = None
         with writing(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
@@ -99,10 +100,11 @@ class _Attempt:
         """The exit code, 0 for a run that was finished before; None while it goes on."""
         if self._process is None:
             if not _lock(self._file):
-                if not self._is_waiting:
-                    self._is_waiting = True
+                if not self.is_waiting:
+                    self.is_waiting = True
                     comm.say(f"study: {self.run} still goes on from an earlier start; waiting for it")
                 return None
+            self.is_waiting = False
             try:
                 if self.run.is_finished:
                     return 0

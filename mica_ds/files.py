@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,8 @@ def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     """
     unfinished = partial(file) if is_shared else file.with_name(f"{file.name}.partial")
     for left in abandoned(file) if is_shared else []:
-        left.unlink(missing_ok=True)
+        with suppress(OSError):  # another user's, perhaps
+            left.unlink()
     try:
         yield unfinished
         sync(unfinished)

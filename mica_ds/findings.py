@@ -177,9 +177,9 @@ def compare(reference: Standing, arm: Standing) -> Interval:
 
 
 def check_budget(results: list[Result]) -> None:
-    """Refuse results that had not all the same steps, questions and base scores, and for a seed the same tokens. Local.
+    """Refuse results that had not all the same steps, questions and base model, and for a seed the same tokens. Local.
 
-    The base model's scores tell another answer key, other held-out text or another model under the same name.
+    The base model's perplexity tells other held-out text, and another model under the same name.
     Raises: UserError that names two runs that differ.
     """
     first: dict[tuple[str, int | None], tuple[Result, Any]] = {}
@@ -187,7 +187,6 @@ def check_budget(results: list[Result]) -> None:
         for what, seed, fact in (
             ("steps", None, result.steps),
             ("questions", None, (len(result.right_before), len(result.right_after))),
-            ("which of them the base model answers right", None, result.right_before),
             ("the base model's perplexity", None, result.retention_before),
             ("tokens", result.seed, result.tokens),
         ):
@@ -195,8 +194,8 @@ def check_budget(results: list[Result]) -> None:
             is_same = math.isclose(fact, theirs, rel_tol=_NOISE) if isinstance(fact, float) else fact == theirs
             if not is_same:
                 raise UserError(
-                    f"not the same data and budget: {_name(other)} and {_name(result)} differ in {what}"
-                    + ("" if isinstance(fact, str) else f", {theirs} and {fact}")
+                    f"not the same data and budget: {_name(other)} and {_name(result)} differ in {what}, "
+                    f"{theirs} and {fact}"
                 )
 
 

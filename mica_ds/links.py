@@ -68,7 +68,8 @@ def try_collectives(config: Config) -> str:
 def time_pairs() -> Pairs:
     """Time exchanges of neighbours within nodes, and of ranks in the same place of neighbouring nodes.
 
-    Each GPU so crosses nodes, at once with the others of its node. Collective; up to 540 MB a rank, each way.
+    Each GPU so crosses to a node that has as many, at once with the others of its own. Collective; up to 540 MB a rank,
+    each way.
     """
     rank, host, found = comm.rank(), socket.gethostname(), {}
     for pair in pairs_to_time(comm.gather(host)):  # the same order on all ranks
@@ -115,12 +116,17 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
             f"{kind} {_gigabytes(min(speeds))} to {_gigabytes(max(speeds))} GB/s, "
             f"{min(latencies) * 1e6:.0f} to {max(latencies) * 1e6:.0f} µs"
         )
+        together: Counter[tuple[str, ...]] = Counter()  # of the pairs that share what lies between two hosts
+        for (first, second), (_, speed) in pairs.items():
+            together[tuple(sorted({seen[first][0], seen[second][0]}))] += speed
         for pair, (latency, speed) in pairs.items():
+            between = tuple(sorted({seen[rank][0] for rank in pair}))
             wrong = []
             if speed < usual / _SLOW:
                 wrong.append(f"exchange {_gigabytes(speed)} GB/s, usual {kind} are {_gigabytes(usual)}")
-            elif speed < _LEAST and not is_within and device().type == "cuda":
-                wrong.append(f"exchange {_gigabytes(speed)} GB/s, GPUs {kind} need {_gigabytes(_LEAST)} at least")
+            elif together[between] < _LEAST and not is_within and device().type == "cuda":
+                at_all = f"their hosts {_gigabytes(together[between])}"
+                wrong.append(f"exchange {_gigabytes(speed)} GB/s, and {at_all}: nodes with GPUs need {_LEAST / 1e9:g}")
             if latency > prompt * _LATE:
                 wrong.append(f"need {latency * 1e6:.0f} µs for a word, usual {kind} are {prompt * 1e6:.0f}")
             for said in wrong:
@@ -146,23 +152,23 @@ def _trials(dtype: torch.dtype, size: int) -> Iterator[tuple[str, torch.Tensor, 
     def given(by: int, below: int = 257, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return ((torch.arange(ranks * _BLOCK, device=place) % 7 + by) % below).to(dtype)
 
-    # Integers up to 256 are exact in each dtype, and so are sums of these up to 256 ranks.
-    small = max(2, 1 + 256 // ranks)
-    summed = sum((given(by, small) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
+    # Integers up to 256 are exact in each dtype: so are sums of these, to which 256 ranks at most give other than 0.
+    small = [max(2, 1 + 256 // ranks) if by < 256 else 1 for by in range(ranks)]
+    summed = sum((given(by, small[by]) for by in range(ranks)), torch.zeros(ranks * _BLOCK, device=place))
     # The bases' own way. First, since later ones may hang on some ranks alone, and the doctor goes on in this group.
-    owned = given(rank, small).double().cpu()
+    owned = given(rank, small[rank]).double().cpu()
     comm.sum_to(owned, 0)
     yield "reduce", summed.double().cpu() if rank == 0 else owned, owned
     for kind in dict.fromkeys((torch.float32, dtype)):
         named = "" if kind == torch.float32 else f" of {str(kind).removeprefix('torch.')}"
-        reduced = given(rank, small, kind)
+        reduced = given(rank, small[rank], kind)
         training.all_reduce(reduced)
         yield f"all_reduce{named}", summed.to(kind), reduced
         gathered = torch.empty(ranks * ranks * _BLOCK, device=place, dtype=kind)
         training.all_gather_into_tensor(gathered, given(rank, dtype=kind))
         yield f"all_gather_into_tensor{named}", torch.cat([given(by, dtype=kind) for by in range(ranks)]), gathered
         scattered = torch.empty(_BLOCK, device=place, dtype=kind)
-        training.reduce_scatter_tensor(scattered, given(rank, small, kind))
+        training.reduce_scatter_tensor(scattered, given(rank, small[rank], kind))
         yield f"reduce_scatter_tensor{named}", summed.chunk(ranks)[rank].to(kind), scattered
     for part, group in zip(parts, groups, strict=True):
         if rank in part:

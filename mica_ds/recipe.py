@@ -83,9 +83,10 @@ def train(config: Config) -> None:
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
-    discard_after(past, folder)  # once all that a user may have got wrong has been checked
     settings = config.model_dump(mode="json")
     with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
+        # Once all that a user may have got wrong has been checked, and no other job is at work in the folder.
+        discard_after(past, folder)
         record_beginning(config, about_data, tracker)
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:

@@ -32,7 +32,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_state(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write that, with a hash of its own: it holds the hashes of all other files. Local."""
+    """Write state.json with a hash of itself; it holds those of the other files. Local."""
     (checkpoint / STATE).write_text(json.dumps({**state, "sha256": _digest(state)}, indent=1))
     sync(checkpoint / STATE)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from mica_ds import comm
 from mica_ds.account import TABLE, warnings, write_account
@@ -13,6 +14,7 @@ from mica_ds.crew import LOG, carry_out, last_words, slots
 from mica_ds.errors import Preempted, UserError
 from mica_ds.findings import Result, check_budget, choices, read_results, read_run, standings, write_results
 from mica_ds.overlap import REPORT
+from mica_ds.scores import FOLDER
 from mica_ds.settings import save_settings
 from mica_ds.shelf import writing
 from mica_ds.tracking import Tracker
@@ -115,18 +117,20 @@ def _carry_out(study: StudySettings, runs: list[Run], parent: str, done: list[Ru
 
 
 def _check_sources(runs: list[Run]) -> None:
-    """Refuse runs that read other text from the same source, by the digests of its tokens in `data.json`."""
-    first: dict[str, tuple[Run, str]] = {}
+    """Refuse runs that read other text from the same source, or other questions, or marked these by another key."""
+    first: dict[str, tuple[Run, Any]] = {}
     for run in runs:
-        file = run.folder / REPORT
-        for source in json.loads(file.read_text())["sources"] if file.exists() else []:
-            if digest := source.get("digest"):  # an earlier version wrote none
-                other, theirs = first.setdefault(source["path"], (run, digest))
-                if digest != theirs:
-                    raise UserError(
-                        f"not the same data: {source['path']} was changed between {other} and {run}; put it back as it "
-                        "was, and remove the folders of the runs that read the other"
-                    )
+        rows = map(json.loads, (run.folder / FOLDER / "before.jsonl").read_text().splitlines())
+        sources = json.loads((run.folder / REPORT).read_text())["sources"]
+        read = {source["path"]: source["digest"] for source in sources}
+        read["evaluate.questions"] = [(row["question"], row["answer"]) for row in rows if "question" in row]
+        for what, found in read.items():
+            other, theirs = first.setdefault(what, (run, found))
+            if found != theirs:
+                raise UserError(
+                    f"not the same data: {what} was changed between {other} and {run}; put it back as it was, and "
+                    "remove the folders of the runs that read the other"
+                )
 
 
 def _finished(runs: list[Run]) -> list[Result]:

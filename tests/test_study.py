@@ -326,8 +326,6 @@ def test_the_interval_of_a_share_of_questions_holds_its_level(share: float) -> N
         ({"steps": 9}, "same data and budget: lora at 0.0005 with seed 1 and mica at 0.01 with seed 1 differ in steps"),
         ({"tokens": 499}, "differ in tokens, 501 and 499"),
         ({"right_after": "110"}, "differ in questions, (4, 4) and (4, 3)"),
-        ({"right_before": "0010"}, "differ in which of them the base model answers right"),
-        ({"right_before": "0010", "seed": 3}, "with seed 3 differ in which of them the base model answers right"),
         ({"retention_before": 20.1, "seed": 3}, "differ in the base model's perplexity, 20.0 and 20.1"),
     ],
 )
@@ -485,6 +483,11 @@ def test_a_run_folder_that_cannot_be_made_is_named(study: StudySettings, alone: 
         carry_out(study, [run], "parent", lambda *_: None)
 
 
+def row(right: bool, answer: int = 1) -> str:
+    """A line of an evaluation."""
+    return json.dumps({"question": "Who?", "answer": answer, "right": right}) + "\n"
+
+
 @pytest.fixture
 def finished_study(study_file: Callable[..., Path]) -> StudySettings:
     """A study of which all has been run, as far as it reads that again."""
@@ -500,7 +503,7 @@ def finished_study(study_file: Callable[..., Path]) -> StudySettings:
             (run.folder / name).mkdir(parents=True)
         save_settings(run_config(study, run), run.folder / "config.yaml")
         for when in ("before", "after"):
-            (run.folder / f"evaluation/{when}.jsonl").write_text('{"right": true}\n{"right": false}\n')
+            (run.folder / f"evaluation/{when}.jsonl").write_text("".join(map(row, (True, False))))
         (run.folder / "data.json").write_text('{"sources": [{"path": "corpus.txt", "digest": "a"}]}')
         (run.folder / "summary.json").write_text(json.dumps(dataclasses.asdict(result(seed=run.seed))))
     return study
@@ -517,8 +520,8 @@ def test_a_corpus_or_an_answer_key_that_was_changed_on_the_way_ends_the_study(
     finished_study: StudySettings, alone: None
 ) -> None:
     run = trials(finished_study, {"full": 1e-4, "mica": 1e-2})[0]
-    (run.folder / "evaluation/before.jsonl").write_text('{"right": false}\n{"right": true}\n')
-    with pytest.raises(UserError, match="seed 2 differ in which of them the base model answers right"):
+    (run.folder / "evaluation/before.jsonl").write_text(row(True, answer=2) + row(False))
+    with pytest.raises(UserError, match=f"not the same data: evaluate.questions was changed between full.* and {run}"):
         conduct(finished_study)
     (run.folder / "data.json").write_text('{"sources": [{"path": "corpus.txt", "digest": "b"}]}')
     with pytest.raises(UserError, match=f"not the same data: corpus.txt was changed between full.* and {run}"):

@@ -6,8 +6,10 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -112,10 +114,20 @@ def test_a_signal_to_the_script_reaches_the_ranks(tiny_config: Callable[..., Pat
     command = ["bash", "launch/train.sh", str(tiny_config(train={"max_steps": 10_000, "save_steps": 5_000}))]
     with log.open("w") as output:
         variables = environment(MASTER_PORT=str(free_ports(1)[0]), NUM_RANKS="2")
-        script = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=output, stderr=output)
-    wait_until(lambda: "{'loss'" in log.read_text(), tmp_path, LAUNCH_LIMIT)
-    script.send_signal(signal.SIGUSR1)
-    assert script.wait(60) == os.EX_TEMPFAIL, log.read_text()
+        script = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        wait_until(lambda: "{'loss'" in log.read_text(), tmp_path, LAUNCH_LIMIT)
+        (inner,) = psutil.Process(script.pid).children()[0].children()
+        for rank in inner.children():  # a terminal's interrupt would reach them
+            ignored = Path(f"/proc/{rank.pid}/status").read_text().split("SigIgn:")[1].split()[0]
+            assert not int(ignored, 16) & 1 << signal.SIGINT - 1
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait(60) == os.EX_TEMPFAIL, log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     (saved,) = (run / "checkpoints").iterdir()
     assert f"stopped by a signal: {saved} holds all" in log.read_text()
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mica_ds.config import load_config
 from mica_ds.files import file_hash
+from mica_ds.journal import Journal
 from mica_ds.shelf import write_state
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start_fresh, start_ranks, write_config, write_nvme_settings
@@ -247,6 +248,17 @@ def test_damaged_checkpoints_alone_are_no_new_beginning(reference: Run, other: R
     assert "'learning_rate': '0.001'" in finished.output  # a rate that was lowered meanwhile counts
 
 
+def test_the_folder_of_a_run_that_goes_on_is_left_alone(reference: Run, other: Run) -> None:
+    other.take(reference, 8)
+    unfinished = other.checkpoint(9).with_suffix(".partial")
+    unfinished.mkdir()
+    journal = Journal(other.folder)
+    for resume in ("never", "auto"):
+        assert_refused(other.train(1, f"resume={resume}"), "belongs to a run that still goes on; choose another")
+    journal.close()
+    assert other.checkpoints() == ["step-000008", unfinished.name]
+
+
 def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
     other.take(reference, 8)
     refused = other.train(2, "data.global_batch=12")
@@ -348,6 +360,7 @@ def test_a_signal_while_libraries_are_imported(config: Path, tmp_path: Path) -> 
     (rank,) = start_fresh(1, ["train", str(config), f"output_dir={tmp_path}/run"])
     caught = 1 << signal.SIGUSR1 - 1
     while not int(Path(f"/proc/{rank.pid}/status").read_text().split("SigCgt:")[1].split()[0], 16) & caught:
+        assert rank.poll() is None
         time.sleep(0.001)
     rank.send_signal(signal.SIGUSR1)
     stopped = finish([rank])

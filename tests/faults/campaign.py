@@ -96,10 +96,11 @@ class Outcome:
 
 
 def plan_moments(number: int, seed: int) -> list[Moment]:
-    """Random moments, spread evenly over the phases."""
+    """Random moments, spread evenly over the phases, and in each phase over the ranks."""
     draw = random.Random(seed)
+    ranks = {phase: itertools.cycle(draw.sample(range(RANKS), RANKS)) for phase in PHASES}
     phases = itertools.islice(itertools.cycle(PHASES), number)
-    return [Moment(phase, draw.uniform(0, PHASES[phase][1]), [draw.randrange(RANKS)]) for phase in phases]
+    return [Moment(phase, draw.uniform(0, PHASES[phase][1]), [next(ranks[phase])]) for phase in phases]
 
 
 OTHER_SIGNALS = [
