@@ -59,9 +59,9 @@ def test_a_slow_pair_is_found_among_its_own_kind() -> None:
 
 def test_gpus_of_two_nodes_that_are_all_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, slow = (1e-5, 20e9), (1e-5, 0.12e9)
-    for seen in (
-        [("n1", {1: slow}), ("n2", {})],
-        [("n1", {1: fast, 2: slow}), ("n1", {3: slow}), ("n2", {}), ("n2", {})],
+    for seen, together in (
+        ([("n1", {1: slow}), ("n2", {})], 0.12),
+        ([("n1", {1: fast, 2: slow}), ("n1", {3: slow}), ("n2", {}), ("n2", {})], 0.24),
     ):
         monkeypatch.setattr(links, "device", lambda: torch.device("cpu"))
         assert pairs_are_even(seen)[1] == {}
@@ -69,7 +69,11 @@ def test_gpus_of_two_nodes_that_are_all_slow(monkeypatch: pytest.MonkeyPatch) ->
         faults = pairs_are_even(seen)[1]
         assert faults.keys() == set(range(len(seen)))
         pair = (0, 1) if len(seen) == 2 else (1, 3)
-        assert faults[1] == f"ranks {pair[0]} and {pair[1]} exchange 0.12 GB/s, GPUs between nodes need 1 at least"
+        said = f"exchange 0.12 GB/s, and their hosts {together}: nodes with GPUs need 1"
+        assert faults[1] == f"ranks {pair[0]} and {pair[1]} {said}"
+    shared = (1e-5, 0.39e9)  # eight GPUs by one adapter of 25 Gbit/s
+    sound = [("n1", {8 + rank: shared}) for rank in range(8)] + [("n2", {})] * 8
+    assert pairs_are_even(sound)[1] == {}
 
 
 def test_each_rank_is_timed_with_its_neighbours_and_across_nodes() -> None:
