@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,16 +25,20 @@ def main() -> None:
 
 
 def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
-    def fault(*_: Any, **__: Any) -> None:
+    def fault(*args: Any, **kwargs: Any) -> Any:
         print("FAULT", flush=True)
         if act == "exit":
             os._exit(0)
+        if act == "sleep":
+            time.sleep(75)
+            return original(*args, **kwargs)
         raise Returned if act == "return" else ZeroDivisionError("division by zero")
 
     package, module, *names = place.split(".")
     owner = importlib.import_module(f"{package}.{module}")
     for name in names[:-1]:
         owner = getattr(owner, name)
+    original = getattr(owner, names[-1])
     setattr(owner, names[-1], fault)
     try:
         verb()

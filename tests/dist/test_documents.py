@@ -77,3 +77,14 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     (corpus / "b.md").write_text("Another text.")
     refused = train(1, config, "data.broken=skip")
     assert_refused(refused, "step-000002 was trained with data (SHA-256 of its tokens)=")
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_tokens_longer_than_their_collectives_may_take(
+    tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    arguments = ["0", "mica_ds.tokens._write", "sleep", "train", str(tiny_config()), *QUICK]
+    finished = start_ranks(2, arguments, "tests.dist.faulty", DEEPSPEED_TIMEOUT="1")  # minutes
+    assert finished.codes == [0, 0], finished.output
+    assert "FAULT" in finished.output
+    assert finished.seconds > 75

@@ -95,7 +95,7 @@ def test_what_is_recomputed_is_not_kept(deep: Path, tmp_path: Path) -> None:
         counted = count_footprint(config.model, config.adapter, micro_batch(config))
         needs.append(counted.activations + max(counted.logits, counted.layer))
     print(f"kept {peaks[0] >> 20} MiB, recomputed {peaks[1] >> 20} MiB; as planned {(needs[0] - needs[1]) >> 20}")
-    assert needs[0] > 4 * needs[1]
+    assert needs[0] > 2 * needs[1]
     assert peaks[0] - peaks[1] == pytest.approx(needs[0] - needs[1], rel=0.1)
 
 
