@@ -8,7 +8,7 @@ import os
 import socket
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -116,7 +116,7 @@ def pairs_are_even(seen: list[Pairs]) -> Judgement:
             f"{kind} {_gigabytes(min(speeds))} to {_gigabytes(max(speeds))} GB/s, "
             f"{min(latencies) * 1e6:.0f} to {max(latencies) * 1e6:.0f} µs"
         )
-        together: Counter[tuple[str, ...]] = Counter()  # of the pairs that share what lies between two hosts
+        together: defaultdict[tuple[str, ...], float] = defaultdict(float)  # by what lies between two hosts
         for (first, second), (_, speed) in pairs.items():
             together[tuple(sorted({seen[first][0], seen[second][0]}))] += speed
         for pair, (latency, speed) in pairs.items():

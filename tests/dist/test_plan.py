@@ -84,6 +84,7 @@ def deep(tmp_path: Path) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_is_not_kept(deep: Path, tmp_path: Path) -> None:
     peaks, needs = [], []
     for recomputed in ("false", "true"):

@@ -150,7 +150,7 @@ def test_a_pipeline_with_an_interrupted_training(site: Site, loss: float) -> Non
     assert json.loads((site.run / "merged/merge.json").read_text())["checkpoint"].endswith(f"step-{STEPS:06d}")
 
 
-def test_a_job_that_is_requeued_preempted_and_loses_each_node(site: Site, loss: float) -> None:
+def test_a_job_that_is_requeued_preempted_and_loses_a_node(site: Site, loss: float) -> None:
     slurm, job = site.slurm, site.submit()
     site.wait_for_step(4)
     slurm.run("scontrol", "requeue", job)
@@ -159,13 +159,10 @@ def test_a_job_that_is_requeued_preempted_and_loses_each_node(site: Site, loss: 
     urgent = slurm.run("sbatch", "--parsable", *options)
     assert site.wait(urgent)["JobState"] == "COMPLETED"
     site.wait_for_restart(job, 2)
-    for node in ("n2", "n1"):  # the first has the job's script, which asks for the other; SLURM asks for the first
-        slurm.lose_node(node)
-        site.wait(job, "PENDING")
-        slurm.start_node(node)
-        if node == "n2":
-            site.wait_for_restart(job, 3)
-    site.assert_ends_as(job, loss, restarts=4)
+    slurm.lose_node("n2")
+    site.wait(job, "PENDING")
+    slurm.start_node("n2")
+    site.assert_ends_as(job, loss, restarts=3)
 
 
 def test_the_doctor_as_a_job(site: Site) -> None:
@@ -202,6 +199,20 @@ def test_an_array_that_would_share_a_folder(site: Site) -> None:
     (output,) = site.outputs().values()
     assert output.startswith("error: the jobs of an array would share a run folder")
     assert not site.run.exists()
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_the_node_of_its_script(site: Site, loss: float) -> None:
+    """SLURM itself requeues it, and perhaps once more, should it start before the node is up again."""
+    job = site.submit()
+    site.wait_for_step(4)
+    site.slurm.lose_node("n1")
+    site.wait(job, "PENDING")
+    site.slurm.start_node("n1")
+    assert site.wait(job)["JobState"] == "COMPLETED", site.outputs()
+    assert site.summary()["final_loss"] == pytest.approx(loss, rel=1e-5)
+    (run,) = site.tracked()
+    assert run.info.status == "FINISHED"
 
 
 @pytest.mark.slow
