@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..conftest import Finished, start, start_ranks
+from ..conftest import Finished, start, start_fresh_ranks, start_ranks
 
 pytestmark = pytest.mark.dist
 
@@ -164,7 +164,7 @@ def test_a_port_that_is_taken(tiny_config: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_never_comes(rank: str, tiny_config: Callable[..., Path]) -> None:
     variables = {"RANK": rank, "WORLD_SIZE": "2", "DEEPSPEED_TIMEOUT": "1"}
-    finished = start_ranks(1, ["train", str(tiny_config())], **variables)
+    finished = start_fresh_ranks(1, ["train", str(tiny_config())], "mica_ds", **variables)
     assert finished.codes == [2], finished.output
     assert f"error: rank {rank} on" in finished.output
     assert "did not meet the others" in finished.output

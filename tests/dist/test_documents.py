@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from ..conftest import Finished, start_ranks
+from ..conftest import Finished, start_fresh_ranks, start_ranks
 from ..test_documents import CHAT, write_pdf
 from .test_bad_input import assert_refused
 
@@ -84,7 +84,7 @@ def test_ranks_wait_for_the_tokens_longer_than_their_collectives_may_take(
     tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     arguments = ["0", "mica_ds.tokens._write", "sleep", "train", str(tiny_config()), *QUICK]
-    finished = start_ranks(2, arguments, "tests.dist.faulty", DEEPSPEED_TIMEOUT="1")  # minutes
+    finished = start_fresh_ranks(2, arguments, "tests.dist.faulty", DEEPSPEED_TIMEOUT="1")  # minutes
     assert finished.codes == [0, 0], finished.output
     assert "FAULT" in finished.output
     assert finished.seconds > 75
