@@ -26,12 +26,14 @@ def about() -> dict[str, str]:
 
 
 def _commit() -> dict[str, str]:
-    """The commit of the folder that this package lies in, and whether files differ from it; nothing without git."""
+    """The commit that this package is of, and whether files differ from it; nothing without git."""
 
     def git(*command: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
 
-    with suppress(OSError, subprocess.CalledProcessError):
+    with suppress(OSError, subprocess.SubprocessError):
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a virtual environment may lie in another repository
         return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": str(bool(git("status", "--porcelain"))).lower()}
     return {}

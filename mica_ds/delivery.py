@@ -5,6 +5,7 @@ time and value, and the rest sets what is already set. What the store has acknow
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import groupby, islice
@@ -25,8 +26,9 @@ _PARENT_TAG = "mlflow.parentRunId"
 # MLflow's limits for one request (3.17).
 _METRICS, _PARAMS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 100, 6000, 8000
 _DATA = ("metrics", "params", "tags")
+_FILES = ("artifact", "register")
 _FINAL = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
-_NOTHING: dict[str, Any] = {"lines": 0, "journal": None, "run": None}
+_NOTHING: dict[str, Any] = {"lines": 0, "time": None, "journal": None, "run": None}
 
 
 class Delivery:
@@ -36,8 +38,9 @@ class Delivery:
         """`say` is told of an artifact that cannot be sent any more."""
         self._folder, self._uri, self._say = folder, uri, say
         self._reader = Reader(folder)
-        self._receipt = _receipts(folder).get(uri, _NOTHING)
+        self._receipt = _NOTHING | _receipts(folder).get(uri, {})
         self._client: MlflowClient | None = None
+        self._ahead = 0  # bytes of the journal whose numbers are sent before the artifacts among them
 
     def send(self) -> None:
         """Send what the journal holds by now, and note after each part that it has arrived."""
@@ -51,8 +54,10 @@ class Delivery:
                 self._ship(client, [line for line in part if line])
             except Exception:
                 self._reader.position = start
+                if part[0] and part[0]["kind"] in _FILES:
+                    self._send_ahead(client)
                 raise
-            self._receipt = {**self._receipt, "lines": self._receipt["lines"] + len(part)}
+            self._receipt |= {"lines": self._receipt["lines"] + len(part), "time": _time(part[-1])}
             self._save()
 
     def finish(self, unwritten: bytes = b"") -> None:
@@ -76,16 +81,19 @@ class Delivery:
                 client.set_tag(child, _PARENT_TAG, run)
 
     def _send_ahead(self, client: "MlflowClient") -> None:
-        """Send the last numbers and the status before artifacts, which may take longer than there is time for."""
+        """Send numbers, words and the status before the artifacts among them, which may be late or not be taken."""
         start = self._reader.position
+        self._reader.position = max(start, self._ahead)
         rest = [line for line in self._reader.read() if line]
-        self._reader.position = start
+        end, self._reader.position = self._reader.position, start
         kinds = {line["kind"] for line in rest}
-        if self._receipt["run"] and "artifact" in kinds and "run" not in kinds:
+        has_files = self._ahead > start or not kinds.isdisjoint(_FILES)
+        if self._receipt["run"] and has_files and "run" not in kinds:
             _log(client, self._receipt["run"], [line for line in rest if line["kind"] in _DATA])
             for line in rest:
-                if line["kind"] == "end":
+                if line["kind"] in ("start", "end"):
                     self._ship(client, [line])
+            self._ahead = end
 
     def _connect(self) -> "MlflowClient":
         import mlflow  # takes seconds, and memory
@@ -93,9 +101,12 @@ class Delivery:
         with _alone(self._uri):
             client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
-            self._receipt = _NOTHING  # deleted, or another store than before at the same address: all over again
-        for _ in islice(self._reader.read(), self._receipt["lines"]):
-            pass
+            self._receipt = dict(_NOTHING)  # deleted, or another store than before at the same address: all over again
+        sent = list(islice(self._reader.read(), self._receipt["lines"]))
+        if len(sent) < self._receipt["lines"] or (sent and _time(sent[-1]) != self._receipt["time"]):
+            # The journal was cut before that line, by a repair or a copy, and may have grown since: all over again.
+            self._receipt |= {"lines": 0, "time": None}
+            self._reader.position = 0
         return client
 
     def _next_part(self) -> list[Line | None]:
@@ -116,11 +127,7 @@ class Delivery:
     def _ship(self, client: "MlflowClient", lines: list[Line]) -> None:
         kind, run = lines[0]["kind"] if lines else None, self._receipt["run"]
         if kind == "run":
-            self._receipt = {
-                **self._receipt,
-                "journal": lines[0]["id"],
-                "run": self._open_run(client, lines[0]),
-            }
+            self._receipt |= {"journal": lines[0]["id"], "run": self._open_run(client, lines[0])}
         elif run is None:
             return  # nothing of a run whose first line is damaged can be sent
         elif kind == "start":
@@ -129,9 +136,13 @@ class Delivery:
             client.set_terminated(run, lines[0]["status"], lines[0]["time"])
         elif kind == "artifact":
             path = self._folder / lines[0]["path"]
-            with self._going_on(str(path)):
+            unreadable = [part for part in (path, *path.rglob("*")) if not os.access(part, os.R_OK)]
+            if unreadable:  # asked beforehand: a file that is refused while it is sent may be the store's
+                self._say(f"{path} is not sent: {unreadable[0]} cannot be read")
+            else:
                 log = client.log_artifacts if path.is_dir() else client.log_artifact
-                log(run, str(path), lines[0]["under"])
+                with self._going_on(str(path)):
+                    log(run, str(path), lines[0]["under"])
         elif kind == "register":
             with self._going_on(f"model {lines[0]['name']}"):
                 self._register(client, lines[0]["name"], lines[0]["under"])
@@ -145,8 +156,6 @@ class Delivery:
 
         try:
             yield
-        except (FileNotFoundError, PermissionError) as error:
-            self._say(f"{what} cannot be read, and is not sent: {error.strerror}")
         except MlflowException as error:
             if error.error_code not in _FINAL:
                 raise
@@ -172,8 +181,9 @@ class Delivery:
         run = self._receipt["run"]
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        if not client.search_model_versions(f"name = '{name}' and run_id = '{run}'"):
-            source = f"{client.get_run(run).info.artifact_uri}/{under}"
+        source = f"{client.get_run(run).info.artifact_uri}/{under}"
+        versions = client.search_model_versions(f"name = '{name}' and run_id = '{run}'")
+        if source not in {version.source for version in versions}:
             client.create_model_version(name, source, run)
 
     def _save(self) -> None:
@@ -199,6 +209,11 @@ def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
         client.log_batch(run, params=[Param(*item) for item in list(params.items())[start : start + _PARAMS]])
     for start in range(0, len(tags), _PARAMS):
         client.log_batch(run, tags=[RunTag(*item) for item in list(tags.items())[start : start + _PARAMS]])
+
+
+def _time(line: Line | None) -> int | None:
+    """What tells a line from all others; None for a damaged one."""
+    return line.get("time") if line else None
 
 
 def _runs(client: "MlflowClient", experiment: str, tag: str, journal: str) -> list[str]:
@@ -232,11 +247,11 @@ def _alone(uri: str) -> Iterator[None]:
 
 def unsent(folder: Path, uri: str, lines: int) -> int:
     """How many of a journal's lines a store has not acknowledged. Local."""
-    return lines - _receipts(folder).get(uri, _NOTHING)["lines"]
+    return max(0, lines - _receipts(folder).get(uri, _NOTHING)["lines"])
 
 
 def _receipts(folder: Path) -> dict[str, dict[str, Any]]:
-    """By URI: how many lines it has, of which journal the last were, and its run."""
+    """By URI: how many lines it has, the time of the last, of which journal that was, and its run."""
     try:
         return json.loads((folder / RECEIPTS).read_text())
     except (OSError, ValueError):

@@ -50,6 +50,7 @@ class Reader:
 
     def read(self) -> Iterator[Line | None]:
         """The lines that are whole and were not read before; None for one that is damaged."""
+        self._file.seek(0, os.SEEK_END)  # forgets what it has buffered: half a line, perhaps, that was cut since
         self._file.seek(self.position)
         while (line := self._file.readline()).endswith(b"\n"):
             self.position += len(line)
@@ -159,10 +160,16 @@ class Journal:
     def close(self) -> bytes:
         """Try a last time to write what waits, let others write, and return the lines that found no room."""
         self._write()
-        os.close(self._file)
+        self.let_go()
         with suppress(OSError):  # there is none
             self._reserve.unlink()
         return bytes(self._waiting)
+
+    def let_go(self) -> None:
+        """Close the file, without a last word; nothing where it is closed."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _write(self) -> None:
         """Write what waits, or as many lines of it as there is room for."""

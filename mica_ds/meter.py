@@ -100,15 +100,16 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Metrics of the steps since the last reading; then begin anew. Collective; some hundred bytes a rank."""
         ranks = comm.gather({**self._seconds, "host": peak_rss(), "device": _device_memory(), "node": _node()})
-        slowest, waits = (max(rank[key] for rank in ranks) for key in ("step", "data"))
+        # Of one rank: where one waits for data, the others wait for it inside of their steps.
+        seconds = max(rank["step"] + rank["data"] for rank in ranks)
         steps, tokens = max(self._steps, 1), self._new_tokens
         self._clear()
-        flops = self._flops_per_token * tokens / max(slowest + waits, 1e-9) / len(ranks)
+        flops = self._flops_per_token * tokens / max(seconds, 1e-9) / len(ranks)
         values = {
             "tokens": self.tokens,
-            "tokens_per_second": tokens / max(slowest + waits, 1e-9),
-            "step_seconds": (slowest + waits) / steps,
-            "data_wait_seconds": waits / steps,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "step_seconds": seconds / steps,
+            "data_wait_seconds": max(rank["data"] for rank in ranks) / steps,
             "tflops_per_rank": flops / 1e12,
         }
         if torch.cuda.is_available() and (peak := peak_flops(torch.cuda.get_device_name(), self._dtype)):

@@ -113,9 +113,10 @@ def record_end(
         figures.plot_spectrum(basis.manifest, folder / "spectrum.png")
         tracker.artifact(folder / "spectrum.png")
     if config.adapter.method != "full":  # a whole model stays in the run folder
-        tracker.artifact(exported, under="adapter")
+        under = f"adapter/step-{summary['steps']:06d}"  # a run that goes on later changes no version that is registered
+        tracker.artifact(exported, under=under)
         if config.tracking.register_as:
-            tracker.register(config.tracking.register_as, under="adapter")
+            tracker.register(config.tracking.register_as, under=under)
     numbers = {key: value for key, value in summary.items() if isinstance(value, int | float)}
     ranks = {f"{key}_max": max(value) for key, value in summary.items() if isinstance(value, list)}
     ends = {

@@ -35,9 +35,10 @@ def sync(folder: Path, uri: str | None) -> str:
     mend(folder)
     lines = list(Reader(folder).read())
     uris = [line["uri"] for line in lines if line and line["kind"] == "start"]
-    if not uris:
-        raise UserError(f"{folder}: the journal holds no run")
+    if not uris or not any(line and line["kind"] == "run" for line in lines):
+        raise UserError(f"{folder}: the journal holds no run" + (", or its first line is damaged" if lines else ""))
     uri = uri or uris[-1]
+    damaged = f", but for {count} that are damaged" if (count := lines.count(None)) else ""
     _prepare()
     with _alone(folder, wait=False):
         before, reason = unsent(folder, uri, len(lines)), ""
@@ -48,7 +49,7 @@ def sync(folder: Path, uri: str | None) -> str:
             except Exception as error:  # whatever MLflow, requests, SQLAlchemy or the disk may raise
                 reason = _reason(error)
             else:
-                return f"sync: {max(before, 0)} lines sent, {uri} has all {len(lines)} of {folder}"
+                return f"sync: {before} lines sent, {uri} has all {len(lines)} of {folder}{damaged}"
     left = unsent(folder, uri, len(lines))
     raise UserError(f"{uri} has not taken {left} of {len(lines)} lines ({reason}); the same command sends them later")
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mica_ds.errors import UserError
-from mica_ds.stores import holds_secret
+from mica_ds.stores import holds_secret, sets_secret
 
 
 class Section(BaseModel):
@@ -89,10 +89,12 @@ def _parse_value(key: str, text: str) -> Any:
 
 
 def _refuse_secrets(path: Path, settings: Any, key: str = "") -> None:
-    """Refuse addresses with a password in any setting, before a message or the run folder repeats one."""
+    """Refuse addresses and variables with a secret in any setting, before a message or the run folder repeats one."""
     if isinstance(settings, dict | list):
         for name, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
             _refuse_secrets(path, value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, str) and sets_secret(settings):
+        raise UserError(f"{path}: {key} sets a secret, which the run folder would keep: export it before the start")
     elif isinstance(settings, str) and "//" in settings and key != "tracking.uri":  # which has a message of its own
         try:
             is_telling = holds_secret(settings) or urlsplit(settings).username  # which may be a token

@@ -55,6 +55,11 @@ def holds_secret(text: str) -> bool:
     return bool(parts.password or any(_TELLING.search(key) for key, _ in parse_qsl(parts.query)))
 
 
+def sets_secret(text: str) -> bool:
+    """Whether a text gives a variable of the environment, by whose name it is a secret, a value. Local."""
+    return any(_VARIABLES.search(name) for name in re.findall(r"(\w+)=\S", text))
+
+
 def without_secrets(text: str) -> str:
     """What another program has said, without the secrets of the environment, MLflow's file, or addresses. Local."""
     secrets = [value for key, value in os.environ.items() if _VARIABLES.search(key)]

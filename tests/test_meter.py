@@ -86,9 +86,9 @@ def test_a_reading_is_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     measured.begin_step()
     measured.end_step()
     values = measured.read()
-    assert (values["tokens"], values["tokens_per_second"]) == (6000, 2000)
-    assert (values["step_seconds"], values["data_wait_seconds"]) == (3, 1)
-    work = flops_per_token(model, LENGTH) * 6000 / 3 / 2  # a second and a rank
+    assert (values["tokens"], values["tokens_per_second"]) == (6000, 2400)
+    assert (values["step_seconds"], values["data_wait_seconds"]) == (2.5, 1)
+    work = flops_per_token(model, LENGTH) * 6000 / 2.5 / 2  # a second and a rank
     assert values["tflops_per_rank"] == pytest.approx(work / 1e12)
     assert values["mfu"] == pytest.approx(work / 31.2e12)
     assert (values["device_peak_bytes"], values["device_peak_rank"], values["host_peak_rank"]) == (7 << 30, 1, 0)

@@ -1,6 +1,7 @@
 """Tracking against a real `mlflow server` that breaks down: nothing waits for it, and nothing is lost or kept twice."""
 
 import base64
+import errno
 import json
 import math
 import os
@@ -162,7 +163,9 @@ def assert_same(run: Run, uri: str, status: str = "FINISHED") -> Any:
         values = {key: str(value) for line in lines if line["kind"] == kind for key, value in line["values"].items()}
         assert values
         assert there.items() >= values.items()
-    artifacts = {line["under"] or Path(line["path"]).name for line in lines if line["kind"] == "artifact"}
+    artifacts = {
+        Path(line["under"] or Path(line["path"]).name).parts[0] for line in lines if line["kind"] == "artifact"
+    }
     assert {artifact.path for artifact in client.list_artifacts(found.info.run_id)} == artifacts
     return found
 
@@ -564,6 +567,7 @@ def test_nor_with_those_of_the_file_that_mlflow_reads(tmp_path: Path, monkeypatc
         "evaluate.questions=s3://bucket/questions.jsonl?token=Torvane1907",
         "train.hub_token=Torvane1907",
         "train.run_name=https://edda:Torvane1907@[tracker",
+        "train.run_name=env MLFLOW_TRACKING_TOKEN=Torvane1907",
     ],
 )
 def test_a_config_with_a_secret_is_refused_without_it(override: str, tmp_path: Path) -> None:
@@ -646,10 +650,14 @@ def test_stores_that_cannot_be_written_are_sent_to_later(
 def test_what_cannot_be_sent_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/journal.jsonl").touch()
+    write_journal(tmp_path / "headless", "refused", "sqlite:///none", "FINISHED")
+    headless = tmp_path / "headless/journal.jsonl"
+    headless.write_bytes(b"\0" + headless.read_bytes())
     write_journal(tmp_path / "run", "refused", "sqlite:///none", "FINISHED")
     for arguments, said in (
         ([tmp_path / "nowhere"], "nowhere/journal.jsonl cannot be read: No such file or directory"),
         ([tmp_path / "empty"], "empty: the journal holds no run"),
+        ([tmp_path / "headless"], "headless: the journal holds no run, or its first line is damaged"),
         ([tmp_path / "run", "--uri", "http://edda:Torvane1907@tracker"], "holds a secret"),
         ([tmp_path / "run", "--uri", "tracker"], "tracker is no store that MLflow knows"),
     ):
@@ -718,6 +726,58 @@ def test_a_journal_keeps_what_is_whole_wherever_it_is_cut(tmp_path: Path) -> Non
     again.close()
     assert [line and line["kind"] for line in Reader(tmp_path).read()][-4:] == ["metrics", None, None, "end"]
     assert [file.name for file in tmp_path.iterdir()] == ["journal.jsonl"]
+
+
+def losses(run: Run, uri: str) -> list[int]:
+    """The steps whose losses the store has, in order."""
+    (found,) = run.runs(uri)
+    return sorted(metric.step for metric in mlflow.MlflowClient(uri).get_metric_history(found.info.run_id, "loss"))
+
+
+def test_what_takes_the_place_of_lines_that_were_sent(sync: Callable[..., str], server: Server, tmp_path: Path) -> None:
+    """As when a file system is repaired, or an old copy put back: the store gets the new lines, and keeps the old."""
+    run = Run(tmp_path, server.uri)
+    write_journal(run.folder, run.experiment, server.uri, "FINISHED")
+    assert sync(run.folder) == ""
+    file = run.folder / "journal.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-3]) + b"\0\0\n")
+    journal = Journal(run.folder)
+    for step in range(7, 10):
+        journal.write("metrics", step=step, values={"loss": 1.0})
+    journal.close()
+    said = sender.sync(run.folder, None)
+    assert said.endswith(f"has all 9 of {run.folder}, but for 1 that are damaged")
+    assert losses(run, server.uri) == [0, 1, 2, 7, 8, 9]
+    assert {found.info.status for found in run.runs(server.uri)} == {"KILLED"}
+
+
+def test_an_artifact_that_is_not_taken_holds_up_no_number(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    run = Run(tmp_path, server.uri)
+    journal, said = write_journal(run.folder, run.experiment, server.uri), list[str]()
+    journal.write("tags", values={"made": "here"})
+    journal.write("artifact", path=str(tmp_path / "nowhere"), under=None)
+    journal.write("artifact", path=str(run.config), under=None)
+    delivery = Delivery(run.folder, server.uri, said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_artifact", refuse)  # by the store, not by the file
+        for step in (3, 4):
+            journal.write("metrics", step=step, values={"loss": 1.0})
+            with pytest.raises(PermissionError):
+                delivery.send()
+            assert losses(run, server.uri) == list(range(step + 1))
+    journal.end("FINISHED")
+    journal.close()
+    delivery.finish()
+    assert said == [f"{tmp_path}/nowhere is not sent: {tmp_path}/nowhere cannot be read"]
+    (found,) = run.runs(server.uri)
+    assert found.info.status == "FINISHED"
+    artifacts = mlflow.MlflowClient(server.uri).list_artifacts(found.info.run_id)
+    assert [artifact.path for artifact in artifacts] == [run.config.name]
 
 
 def test_a_run_on_another_machine_is_left_alone(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
     python tests/benchmarks/tracking.py [--only calls | logs] [--out FILE.json]
 
 The time inside the tracker's calls over the time of the step, in one run, with an `mlflow server` that is healthy, is
-down, accepts requests and never answers, answers 500, or is late by 30 s, and with the journal's disk full from the
-start (only root may mount one that can be filled); and the same of MLflow's own client, to the healthy server. Each
-step takes 50 ms, as no real one is shorter, and logs three metrics.
+down, is killed in the middle, accepts requests and never answers, answers 500, is late by 30 s, or has a full disk;
+with a journal that was cut in the middle of a line, and with the journal's disk full from the start (only root may
+mount one that can be filled); and the same of MLflow's own client, to the healthy server. Each step takes 50 ms, as no
+real one is shorter, and logs three metrics.
 
 Then the same of all that is done for a log entry, in a real training on two ranks of one thread: SmolLM2-135M, a
 sequence of 256 tokens a rank and step. It gathers from all ranks: waiting for the slower one is in its time.
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from mlflow.entities import Metric
 sys.path.append(str(ROOT))
 from tests.conftest import environment, free_ports, write_config
 from tests.servers import Proxy, Server
-from tests.test_tracking import fill, small_disk
+from tests.test_tracking import fill, small_disk, write_journal
 
 STEPS, STEP = 300, 0.05
 RANKS, SKIPPED, TRAINED = 2, 3, 15  # the first steps record the order of modules
@@ -45,6 +47,40 @@ def track(folder: Path, uri: str, *overrides: str) -> dict[str, float]:
     command = [sys.executable, "-m", "tests.tracked", str(config), str(STEPS), str(STEP), *overrides]
     output = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"median"')))
+
+
+def track_until_the_server_dies(folder: Path, server: Server) -> dict[str, float]:
+    """The same with a server that is killed while it is sent to."""
+    proxy = Proxy(server.port)
+
+    def kill() -> None:
+        while not proxy.requests:
+            time.sleep(0.1)
+        time.sleep(STEPS * STEP / 3)
+        proxy.close()
+
+    threading.Thread(target=kill).start()
+    return track(folder, proxy.uri)
+
+
+def track_with_a_cut_journal(folder: Path, uri: str) -> dict[str, float]:
+    """The same for a run that goes on from a journal whose last line is half a line."""
+    folder.mkdir()
+    write_journal(folder / "run", folder.name, uri).close()
+    with (folder / "run/journal.jsonl").open("a") as file:
+        file.write('{"kind": "metrics", "time": 17')
+    return track(folder, uri)
+
+
+def track_to_a_full_server(folder: Path) -> dict[str, float]:
+    """The same with a server whose disk is full."""
+    with small_disk(folder, "20m") as disk:
+        server = Server(disk)
+        try:
+            fill(disk)
+            return track(folder.with_name("to-full"), server.uri)
+        finally:
+            server.kill()
 
 
 def track_on_a_full_disk(folder: Path, uri: str) -> dict[str, float]:
@@ -131,8 +167,12 @@ def measure_calls(folder: Path, server: Server) -> tuple[list[Row], dict[str, An
         for state, uri in stores.items():
             say(f"a server that is {state} ...")
             found[f"tracking, server {state}"] = track(folder / state, uri)
+        say("a server that dies, and a journal that was cut ...")
+        found["tracking, server killed in the middle"] = track_until_the_server_dies(folder / "killed", server)
+        found["tracking, the journal cut"] = track_with_a_cut_journal(folder / "cut", server.uri)
         if os.geteuid() == 0:
-            say("a full disk ...")
+            say("full disks ...")
+            found["tracking, the server's disk full"] = track_to_a_full_server(folder / "server")
             found["tracking, the journal's disk full"] = track_on_a_full_disk(folder / "full", server.uri)
         found[STOCK] = {"median": track_by_mlflow(server.uri)}
     finally:

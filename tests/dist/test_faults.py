@@ -38,15 +38,17 @@ def break_down(rank: int, place: str, act: str, config: Path, log: Path) -> tupl
     return finished, log.read_text().strip().splitlines()
 
 
-@pytest.mark.parametrize("place", [IN_TRAINING, "mica_ds.basis._solve_one"])
-def test_a_rank_that_raises_is_the_last_to_speak(place: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    finished, lines = break_down(1, place, "raise", tiny_config(), tmp_path / "log")
+@pytest.mark.parametrize(("rank", "place"), [(0, IN_TRAINING), (1, "mica_ds.basis._solve_one")])
+def test_a_rank_that_raises_is_the_last_to_speak(
+    rank: int, place: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    finished, lines = break_down(rank, place, "raise", tiny_config(), tmp_path / "log")
     assert finished.codes == [1, 1], lines
     assert finished.seconds < LIMIT
     assert lines[-1] == "ZeroDivisionError: division by zero"
     assert "\n".join(lines).count("Traceback") == 1, lines
-    (line,) = [line for line in lines if f"rank 0 (host {HOST}) was in " in line]
-    assert f"rank 1 (host {HOST}) failed: ZeroDivisionError: division by zero" in line
+    (line,) = [line for line in lines if f"rank {1 - rank} (host {HOST}) was in " in line]
+    assert f"rank {rank} (host {HOST}) failed: ZeroDivisionError: division by zero" in line
     journal, store = tmp_path / "run/journal.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
     lines = journal.read_text().splitlines()
     wait_until(lambda: not unsent(journal.parent, store, len(lines)), tmp_path, 120)  # the sender goes on by itself

@@ -131,10 +131,11 @@ def test_mlflow_holds_the_run(run: Path, summary: dict[str, Any]) -> None:
     assert tags["attempt.1.version.torch"] == version("torch")  # which a build for CUDA reports without its label
     commit = start(["git", "rev-parse", "HEAD"])
     assert tags.get("attempt.1.git.commit") == (commit.output.strip() if commit.codes == [0] else None)
-    for folder, file in (("adapter", "adapter_model.safetensors"), ("basis", "manifest.json")):
+    kept = f"adapter/step-{STEPS:06d}"
+    for folder, file in ((kept, "adapter_model.safetensors"), ("basis", "manifest.json")):
         assert f"{folder}/{file}" in {artifact.path for artifact in client.list_artifacts(found.info.run_id, folder)}
     (registered,) = client.search_model_versions("name = 'handbook'")
-    assert (registered.run_id, registered.source) == (found.info.run_id, f"{found.info.artifact_uri}/adapter")
+    assert (registered.run_id, registered.source) == (found.info.run_id, f"{found.info.artifact_uri}/{kept}")
 
 
 def test_every_step_is_measured_over_all_ranks(run: Path, summary: dict[str, Any]) -> None:

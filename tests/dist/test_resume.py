@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mica_ds.config import load_config
 from mica_ds.files import file_hash
-from mica_ds.journal import Journal
+from mica_ds.journal import Journal, Reader
 from mica_ds.shelf import write_state
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start_fresh, start_ranks, write_config, write_nvme_settings
@@ -398,6 +398,8 @@ def test_an_interrupt(other: Run) -> None:
     assert finished.codes == [130, 130], finished.output
     assert finished.output.count("\ninterrupted\n") == 1
     assert "Traceback" not in finished.output
+    *_, last = Reader(other.folder).read()
+    assert last and last["status"] == "KILLED"
 
 
 @pytest.mark.parametrize(
