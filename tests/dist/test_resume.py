@@ -399,7 +399,7 @@ def test_an_interrupt(other: Run) -> None:
     assert finished.output.count("\ninterrupted\n") == 1
     assert "Traceback" not in finished.output
     *_, last = Reader(other.folder).read()
-    assert last and last["status"] == "KILLED"
+    assert (last or {})["status"] == "KILLED"
 
 
 @pytest.mark.parametrize(

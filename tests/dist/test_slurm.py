@@ -1,16 +1,22 @@
 """The jobs that the repository ships, on a real SLURM: whatever interrupts them, they end as if nothing had."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+import yaml
 
-from ..conftest import LAUNCH_LIMIT, ROOT, start_ranks, write_config
+from mica_ds.journal import Reader
+
+from ..conftest import LAUNCH_LIMIT, ROOT, environment, start, start_ranks, write_config
 from ..slurm import Cluster, wait_until
 
 pytestmark = [pytest.mark.dist, pytest.mark.slurm]
@@ -213,6 +219,44 @@ def test_a_job_that_loses_the_node_of_its_script(site: Site, loss: float) -> Non
     assert site.summary()["final_loss"] == pytest.approx(loss, rel=1e-5)
     (run,) = site.tracked()
     assert run.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_study_whose_runs_are_jobs(site: Site) -> None:
+    """Told to end, it cancels them; started again, it goes on where they were."""
+    folder, file = site.folder / "study", site.folder / "study.yaml"
+    settings = {
+        "base": str(site.config),
+        "arms": {"lora": {"adapter.method": "lora"}, "mica": {"adapter.method": "mica"}},
+        "learning_rates": [1e-2],
+        "pick": 1,
+        "seeds": [2],
+        "max_forgetting": 1e6,
+        "subject": "mica",
+        "reference": "lora",
+        "parallel": 2,
+        "launch": ["bash", "slurm/wait.sh", "--nodes=1", "--ntasks-per-node=1"],
+        "output_dir": str(folder),
+    }
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "mica_ds", "study", str(file)]
+    variables = {**site.slurm.variables, **site.variables}
+
+    def jobs() -> list[str]:
+        return [log.read_text().split()[1].rstrip(";") for log in sorted(folder.rglob("study.log"))]
+
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(**variables))
+    wait_until(lambda: len(list(folder.rglob("step-000004"))) == 2, site.folder, LAUNCH_LIMIT)  # side by side
+    site.jobs += jobs()
+    first.terminate()
+    assert first.wait(60) == os.EX_TEMPFAIL
+    assert [site.state(job) for job in jobs()] == ["CANCELLED"] * 2
+    second = start(command, **variables)
+    site.jobs += jobs()
+    assert second.codes == [0], second.output
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 4
+    starts = [[line["kind"] for line in Reader(run.parent).read() if line] for run in folder.rglob("summary.json")]
+    assert sorted(kinds.count("start") for kinds in starts) == [1, 1, 2, 2]
 
 
 @pytest.mark.slow
