@@ -49,6 +49,11 @@ def warnings(study: StudySettings, chosen: dict[str, Choice]) -> list[str]:
             found.append(f"{arm}: no rate kept the perplexity within × {study.max_forgetting:g}; {rate} forgot least.")
         if choice.is_at_edge:
             found.append(f"{arm}: {rate} is at the edge of the rates swept; a better one may lie outside.")
+        if choice.beyond:
+            found.append(
+                f"{arm}: {choice.beyond:g} knew more than {rate} in the sweep, but forgot more than the bound allows; "
+                "a rate between the two may do better."
+            )
     return found
 
 

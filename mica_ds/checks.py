@@ -23,7 +23,7 @@ from mica_ds.adapter import lora_parameters, target_modules
 from mica_ds.arguments import accumulation_steps, training_arguments
 from mica_ds.chat import ChatError, encode_chat
 from mica_ds.config import Config, copy_group, read_deepspeed
-from mica_ds.documents import PDF, Broken, Document, find_files, read, read_documents, split, stored_files, where
+from mica_ds.documents import PDF, Broken, Document, find_files, read, read_documents, split, stored_bytes, where
 from mica_ds.errors import UserError
 from mica_ds.links import device
 from mica_ds.memory import readable
@@ -247,7 +247,7 @@ def _check_nvme(config: Config, section: str, settings: dict[str, Any]) -> None:
 def _volume(config: Config, source: Path, key: str) -> str:
     """The size of a source; a document is refused or counted as broken, as the config says."""
     files = find_files(source, key)
-    sizes = [sum(inner.stat().st_size for inner in stored_files(file)) for file in files]
+    sizes = list(map(stored_bytes, files))
     documents, broken, budget, has_chat = 0, 0, _READ, False
     for file, size in zip(files, sizes, strict=True):
         parts = split(file)

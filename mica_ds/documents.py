@@ -21,7 +21,7 @@ _DATASET = "state.json", "dataset_info.json"  # what `save_to_disk` of datasets 
 _SPLITS = "dataset_dict.json"
 _BYTES = 8 << 20  # of a jsonl file that are read at once
 _GROUP = 32 << 20  # bytes of a parquet's row group; for each part it is decoded from its start, so not fewer
-_ROWS = 1000  # of a saved dataset, and at a time of a parquet file
+_ROWS = 1000  # of a saved dataset or a parquet file at a time, at most
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Part:
     start: int = 0
     """Of jsonl the byte in or before the first line, of parquet and a dataset the row."""
     stop: int = 0
+    """-1: all of a file that could not be cut."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,14 @@ def stored_files(file: Path) -> list[Path]:
     return sorted(inner for inner in file.iterdir() if inner.is_file()) if file.is_dir() else [file]
 
 
+def stored_bytes(file: Path) -> int:
+    """The size of a file or a saved dataset; 0 of what cannot be looked at, whose reading tells why. Local."""
+    try:
+        return sum(inner.stat().st_size for inner in stored_files(file))
+    except OSError:
+        return 0
+
+
 def _is_dataset(folder: Path) -> bool:
     return all((folder / name).exists() for name in _DATASET) or (folder / _SPLITS).exists()
 
@@ -134,30 +143,31 @@ def _is_dataset(folder: Path) -> bool:
 def split(file: Path) -> list[Part]:
     """The parts of a file, in their order, none of which is large unless one document is. Local."""
     try:
-        if file.is_dir():
-            rows = len(_open_dataset(file))
-            return [Part(file, start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)]
-        if file.suffix.lower() == ".jsonl":
-            size = file.stat().st_size
-            return [Part(file, start, start + _BYTES) for start in range(0, size, _BYTES)]
-        if file.suffix.lower() == ".parquet":
-            return list(_parquet_parts(file))
+        return _split(file)
     except Exception:
-        return [Part(file)]  # whose reading tells what is wrong
+        return [Part(file, stop=-1)]  # whose reading tells what is wrong
+
+
+def _split(file: Path) -> list[Part]:
+    if file.is_dir():
+        rows = len(_open_dataset(file))
+        step = max(1, min(_ROWS, rows * _GROUP // max(stored_bytes(file), 1)))
+        return [Part(file, start, min(start + step, rows)) for start in range(0, rows, step)]
+    if file.suffix.lower() == ".jsonl":
+        size = file.stat().st_size
+        return [Part(file, start, start + _BYTES) for start in range(0, size, _BYTES)]
+    if file.suffix.lower() == ".parquet":
+        return list(_parquet_parts(file))
     return [Part(file)]
 
 
 def read(part: Part) -> Iterator[Document | Broken]:
     """The documents of a part, empty ones included, and what is broken in it. Local."""
     try:
-        if part.file.is_dir():
-            yield from map(_row, _dataset_rows(part))
-        elif part.file.suffix.lower() == ".jsonl":
-            yield from map(_row, _jsonl_rows(part))
-        elif part.file.suffix.lower() == ".parquet":
-            yield from map(_row, _parquet_rows(part))
-        else:
-            yield Document(-1, _clean(extract(part.file)))
+        for each in _split(part.file) if part.stop < 0 else [part]:
+            yield from _read(each)
+    except MemoryError:
+        raise  # which says nothing of the file
     except UnicodeDecodeError:
         yield Broken(-1, "is not UTF-8 text")
     except UnusableError as error:
@@ -166,6 +176,17 @@ def read(part: Part) -> Iterator[Document | Broken]:
         yield Broken(-1, f"cannot be read: {error.strerror or error}")
     except Exception as error:  # whatever pypdf, pyarrow or datasets may raise where a file is damaged
         yield Broken(-1, f"is damaged, or not what its name says: {' '.join(str(error).split()) or repr(error)}")
+
+
+def _read(part: Part) -> Iterator[Document | Broken]:
+    if part.file.is_dir():
+        yield from map(_row, _dataset_rows(part))
+    elif part.file.suffix.lower() == ".jsonl":
+        yield from map(_row, _jsonl_rows(part))
+    elif part.file.suffix.lower() == ".parquet":
+        yield from map(_row, _parquet_rows(part))
+    else:
+        yield Document(-1, _clean(extract(part.file)))
 
 
 def where(file: Path, place: int) -> str:
@@ -231,8 +252,16 @@ def _row(found: tuple[int, Any]) -> Document | Broken:
     if isinstance(row, Broken):
         return row
     if isinstance(row, dict) and row.get("messages") is not None:
+        messages = row["messages"]
+        if isinstance(messages, list):  # parquet and datasets give each message the keys of all
+            messages = [
+                {key: value for key, value in message.items() if value is not None}
+                if isinstance(message, dict)
+                else message
+                for message in messages
+            ]
         try:
-            return Document(place, chat_text(row["messages"]), row["messages"])
+            return Document(place, chat_text(messages), messages)
         except ChatError as error:
             return Broken(place, str(error))
     if isinstance(row, dict) and isinstance(row.get("text"), str):
@@ -278,7 +307,7 @@ def _parquet_rows(part: Part) -> Iterator[tuple[int, Any]]:
     ends = list(itertools.accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
     group = bisect.bisect_right(ends, part.start)
     first = ends[group - 1] if group else 0
-    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+    for batch in file.iter_batches(min(_ROWS, part.stop - part.start), row_groups=[group], columns=columns):
         rows = range(max(first, part.start), min(first + len(batch), part.stop))
         yield from zip(rows, batch.slice(rows.start - first, len(rows)).to_pylist() if rows else [], strict=True)
         first += len(batch)

@@ -7,6 +7,8 @@ those alike in length.
 Sentences that point out of themselves (It, This, …), or have no three such others, give no question.
 """
 
+import heapq
+import itertools
 import json
 import math
 import random
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mica_ds import comm
-from mica_ds.documents import Broken, find_files, read, refusal, split, where_all
+from mica_ds.documents import Broken, Document, find_files, read, refusal, split, where_all
 from mica_ds.errors import UserError
 from mica_ds.files import replacing
 from mica_ds.questions import ASKING, GAP
@@ -42,6 +44,9 @@ class SourceText:
 
     file: Path
     text: str
+    """Of a chat what is said in it."""
+    messages: Any = None
+    """Those of a chat."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,7 @@ def read_sources(sources: list[Path], may_skip: bool) -> list[SourceText]:
     documents: list[SourceText] = []
     for file in (file for source in sources for file in find_files(source, "data.corpus")):
         found = [each for part in split(file) for each in read(part)]
-        documents += [
-            SourceText(file, each.text) for each in found if not isinstance(each, Broken) and each.text.strip()
-        ]
+        documents += [_text(file, each) for each in found if not isinstance(each, Broken) and each.text.strip()]
         broken = sorted((each.place, each.reason) for each in found if isinstance(each, Broken))
         if broken and not may_skip:
             raise refusal("data.corpus", file, *broken[0])
@@ -76,6 +79,13 @@ def read_sources(sources: list[Path], may_skip: bool) -> list[SourceText]:
     if not documents:
         raise UserError(f"data.corpus: {', '.join(map(str, sources))} holds no text")
     return documents
+
+
+def _text(file: Path, document: Document) -> SourceText:
+    if document.messages is None:
+        return SourceText(file, document.text)
+    # In paragraphs, so that no sentence is of two messages.
+    return SourceText(file, "\n\n".join(message["content"] for message in document.messages), document.messages)
 
 
 def draft_questions(documents: list[SourceText], number: int, seed: int) -> list[dict[str, Any]]:
@@ -96,35 +106,37 @@ def draft_questions(documents: list[SourceText], number: int, seed: int) -> list
     by_kind: dict[str, list[str]] = defaultdict(list)
     for kind, text in contexts:
         by_kind[kind].append(text)
-    drafts: dict[Path, list[dict[str, Any]]] = defaultdict(list)
-    taken = set()
-    chance.shuffle(found)
-    for file, sentence, terms in found:
-        if not terms or sentence in taken or _POINTERS.match(sentence):
-            continue
-        term = terms[-1]
-        others = [text for text in by_kind[term.kind] if not _overlap(text, term.text) and text not in sentence]
-        if len(others) < WRONG:
-            continue
-        own = contexts[term.kind, term.text]
+    taken: set[str] = set()
 
-        def unlikeness(text: str, term: _Term = term, own: Counter[str] = own) -> tuple[int, int, str]:
-            shared = (own & contexts[term.kind, text]).total()
-            return -shared, abs(len(text) - len(term.text)), text
+    def drafts(file: Path, sentences: list[tuple[str, _Term]]) -> Iterator[dict[str, Any]]:
+        for sentence, term in sentences:
+            others = [text for text in by_kind[term.kind] if not _overlap(text, term.text) and text not in sentence]
+            if sentence in taken or len(others) < WRONG:
+                continue
+            own = contexts[term.kind, term.text]
 
-        options = [term.text, *sorted(others, key=unlikeness)[:WRONG]]
-        chance.shuffle(options)
-        taken.add(sentence)
-        drafts[file].append(
-            {
+            def unlikeness(text: str, term: _Term = term, own: Counter[str] = own) -> tuple[int, int, str]:
+                shared = (own & contexts[term.kind, text]).total()
+                return -shared, abs(len(text) - len(term.text)), text
+
+            options = [term.text, *heapq.nsmallest(WRONG, others, unlikeness)]
+            chance.shuffle(options)
+            taken.add(sentence)
+            yield {
                 "question": f"{ASKING}{sentence[: term.start]}{GAP}{sentence[term.stop :]}",
                 "options": options,
                 "answer": options.index(term.text),
                 "source": str(file),
                 "sentence": sentence,
             }
-        )
-    return _taking_turns([drafts[file] for file in sorted(drafts)])[:number]
+
+    chance.shuffle(found)
+    usable: dict[Path, list[tuple[str, _Term]]] = defaultdict(list)
+    for file, sentence, terms in found:
+        if terms and not _POINTERS.match(sentence):
+            usable[file].append((sentence, terms[-1]))
+    # A draft looks at all terms of its kind: none is made that is not asked for.
+    return list(itertools.islice(_taking_turns([drafts(file, usable[file]) for file in sorted(usable)]), number))
 
 
 def most_open(drafts: list[dict[str, Any]], losses: list[list[float]], number: int) -> list[dict[str, Any]]:
@@ -137,17 +149,22 @@ def most_open(drafts: list[dict[str, Any]], losses: list[list[float]], number: i
     return [drafts[i] for i in sorted(ranked)]
 
 
-def without_sentences(documents: list[SourceText], drafts: list[dict[str, Any]]) -> list[str]:
-    """The documents' texts without the sentences that are asked for. Local."""
+def without_sentences(documents: list[SourceText], drafts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The documents without the sentences that are asked for, as rows with `text` or `messages`. Local."""
     asked = sorted({draft["sentence"] for draft in drafts}, key=len, reverse=True)
     patterns = [re.compile(r"\s+".join(map(re.escape, sentence.split())) + r"[ \t]*") for sentence in asked]
-    texts = []
-    for document in documents:
-        text = document.text
+
+    def cut(text: str) -> str:
         for pattern in patterns:
             text = pattern.sub("", text)
-        texts.append(text)
-    return texts
+        return text
+
+    return [
+        {"text": cut(document.text)}
+        if document.messages is None
+        else {"messages": [{**message, "content": cut(message["content"])} for message in document.messages]}
+        for document in documents
+    ]
 
 
 def check_absent(files: list[Path]) -> None:
@@ -237,7 +254,12 @@ def _overlap(one: str, other: str) -> bool:
     return not set(one.lower().split()).isdisjoint(other.lower().split())
 
 
-def _taking_turns(lists: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The first of each list, then the second of each, and so on."""
-    longest = max(map(len, lists), default=0)
-    return [rows[turn] for turn in range(longest) for rows in lists if turn < len(rows)]
+def _taking_turns(queues: list[Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The first of each, then the second of each, and so on, none of them made before its turn."""
+    while queues:
+        left = []
+        for queue in queues:
+            for row in itertools.islice(queue, 1):
+                left.append(queue)
+                yield row
+        queues = left

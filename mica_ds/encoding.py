@@ -76,7 +76,7 @@ def _encode(documents: list[tuple[int, Document]], tokenizer: PreTrainedTokenize
     ids, is_learnt, origins, words, broken = [], [], [], [], []
     for (number, document), (_, *others) in zip(documents, pieces, strict=True):
         if document.messages is None:
-            tokens = [np.array(next(encoded), dtype=np.int32)]
+            tokens = [np.array(without_end(next(encoded), tokenizer), dtype=np.int32)]
             tokens += [np.array(_go_on(tokenizer, piece), dtype=np.int32) for piece in others]
             ids.append(np.concatenate([*tokens, [tokenizer.eos_token_id]]))
             is_learnt.append(np.ones(len(ids[-1]), dtype=np.bool_))
@@ -99,6 +99,11 @@ def _encode(documents: list[tuple[int, Document]], tokenizer: PreTrainedTokenize
         origins=np.array(origins, dtype=np.int64).reshape(-1, 3),
         broken=broken,
     )
+
+
+def without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text that goes on: some tokenizers end each with their eos_token. Local."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _pieces(text: str) -> list[str]:

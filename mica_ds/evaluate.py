@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mica_ds import comm
 from mica_ds.config import EvaluateSettings
 from mica_ds.documents import read_documents
+from mica_ds.encoding import without_end
 from mica_ds.errors import UserError
 from mica_ds.files import replacing
 from mica_ds.inference import Likelihood, Runner, Sequence
@@ -44,7 +45,7 @@ class Evaluator:
     def _as_sequences(self, question: Choice) -> list[Sequence]:
         """Each option after the question, its own tokens alone scored."""
         tokenizer = self.runner.tokenizer
-        before = tokenizer(prompt(question))["input_ids"]
+        before = self._begin(question)
         answers = [tokenizer(f" {option}", add_special_tokens=False)["input_ids"] for option in question.options]
         return [Sequence(before + answer, [-100] * len(before) + answer) for answer in answers]
 
@@ -112,7 +113,11 @@ class Evaluator:
 
     def _prompts(self) -> list[list[int]]:
         """The tokens of each open question."""
-        return [self.runner.tokenizer(prompt(q))["input_ids"] for q in self._questions if isinstance(q, Open)]
+        return [self._begin(question) for question in self._questions if isinstance(question, Open)]
+
+    def _begin(self, question: Choice | Open) -> list[int]:
+        """The tokens of what is read before an answer."""
+        return without_end(self.runner.tokenizer(prompt(question))["input_ids"], self.runner.tokenizer)
 
     def _answers(self, model: nn.Module) -> list[str]:
         """What the model says to each open question."""

@@ -65,6 +65,8 @@ class Choice:
     is_within_bound: bool
     is_at_edge: bool
     """It is the lowest or the highest of several: a better one may lie outside of what was swept."""
+    beyond: float | None = None
+    """A rate that knew more, but forgot more than the bound allows."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,13 @@ def choose(results: list[Result], max_forgetting: float) -> Choice:
         key=lambda result: (-result.knowledge if within else 0, result.forgetting, result.learning_rate),
     )
     rates = sorted(result.learning_rate for result in results)
-    return Choice(best.learning_rate, bool(within), len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]))
+    most = max(sound, key=lambda result: result.knowledge)
+    return Choice(
+        best.learning_rate,
+        is_within_bound=bool(within),
+        is_at_edge=len(rates) > 1 and best.learning_rate in (rates[0], rates[-1]),
+        beyond=most.learning_rate if within and most.knowledge > best.knowledge else None,
+    )
 
 
 def choices(study: StudySettings, results: list[Result]) -> dict[str, Choice]:

@@ -35,7 +35,7 @@ _NAMED = 20  # of the worst that are named
 def examine(config: Config, dataset: Sequences) -> dict[str, Any]:
     """What is to know about a run's data, as `data.json` holds it, and say it. Collective, though rank 0 alone works.
 
-    Taken from the run folder where that has it for the same data, questions and numbers of files that are not read.
+    Taken from the run folder where that has it for the same files, data and questions.
     Raises: UserError where the questions cannot be read.
     """
     found: dict[str, Any] = {}
@@ -43,7 +43,8 @@ def examine(config: Config, dataset: Sequences) -> dict[str, Any]:
         if comm.is_main():
             questions = read_statements(config.evaluate.questions)
             unread = [unread_files(texts.source.path) for texts in dataset.texts]
-            identity = hashlib.sha256(json.dumps([dataset.digest(), questions, unread]).encode()).hexdigest()
+            about = [dataset.digest(), questions, unread, [_left_out(texts) for texts in dataset.texts]]
+            identity = hashlib.sha256(json.dumps(about).encode()).hexdigest()
             found = _known(config.output_dir / REPORT, identity) or {
                 "identity": identity,
                 "sequence_length": config.data.sequence_length,
@@ -82,6 +83,12 @@ def _known(file: Path, identity: str) -> dict[str, Any] | None:
         return found if found["identity"] == identity else None
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _left_out(texts: Texts) -> list[Any]:
+    """The files of a source, and what of them gives no tokens, and so does not tell in their digest."""
+    manifest = texts.tokens.manifest
+    return [*map(str, texts.tokens.files), manifest["empty"], manifest["broken"]]
 
 
 def _source(texts: Texts, unread: dict[str, int]) -> dict[str, Any]:

@@ -109,6 +109,10 @@ def _question(where: str, row: Any) -> Choice | Open:
         answers: list[Any] = answer if isinstance(answer, list) else [answer]
         if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise UserError(f'{where}: without "options", "answer" must be a text, or a list of accepted ones')
+        if empty := [a for a in answers if not _words(a)]:
+            raise UserError(
+                f"{where}: nothing is left to compare of the answer {empty[0]!r}, without punctuation and articles"
+            )
         return Open(row["question"], answers)
     options = row["options"]
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(o, str) and o for o in options):

@@ -224,7 +224,7 @@ def questions(config: Config, output: Path, number: int, held_out: Path | None, 
         if comm.is_main():
             write_jsonl(drafts, output)
             if held_out:
-                write_jsonl([{"text": text} for text in without_sentences(documents, drafts)], held_out)
+                write_jsonl(without_sentences(documents, drafts), held_out)
             comm.say(f"questions: {len(drafts)} drafts from {len(documents)} documents in {output}; correct them first")
 
 

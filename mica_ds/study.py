@@ -120,7 +120,8 @@ def _check_sources(runs: list[Run]) -> None:
     """Refuse runs that read other text from the same source, or other questions, or marked these by another key."""
     first: dict[str, tuple[Run, Any]] = {}
     for run in runs:
-        rows = map(json.loads, (run.folder / FOLDER / "before.jsonl").read_text().splitlines())
+        with (run.folder / FOLDER / "before.jsonl").open(encoding="utf-8") as file:  # texts hold other ends of lines
+            rows = list(map(json.loads, file))
         sources = json.loads((run.folder / REPORT).read_text())["sources"]
         read = {source["path"]: source["digest"] for source in sources}
         read["evaluate.questions"] = [(row["question"], row["answer"]) for row in rows if "question" in row]

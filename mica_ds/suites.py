@@ -135,6 +135,11 @@ def _model(runner: Runner, model: Any) -> Any:
         def eot_token_id(self) -> int:
             return int(tokenizer.eos_token_id)
 
+        @property
+        def prefix_token_id(self) -> int:
+            """What stands before a continuation without a context."""
+            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return list(tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"])
 

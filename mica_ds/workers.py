@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mica_ds import comm
-from mica_ds.documents import PDF, Part, split, stored_files
+from mica_ds.documents import PDF, Part, split, stored_bytes
 from mica_ds.encoding import Encoded, encode
 from mica_ds.errors import UserError
 
@@ -43,7 +43,7 @@ def encode_files(
 
     Raises: UserError where a process was killed, or the tokenizer has no template for a chat.
     """
-    sizes = [sum(inner.stat().st_size for inner in stored_files(file) if inner.exists()) for file in files]
+    sizes = list(map(stored_bytes, files))
     work = sum(size * (PDF if file.suffix.lower() == ".pdf" else 1) for file, size in zip(files, sizes, strict=True))
     comm.say(f"data: tokenising {len(files)} files of {key}, {sum(sizes):,} bytes; the other ranks wait")
     batches = _batches(files, sizes)

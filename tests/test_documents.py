@@ -1,5 +1,7 @@
 """Reading documents: every format, and what is wrong with them."""
 
+import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -169,7 +171,37 @@ def test_rows_of_parquet_and_datasets_keep_their_numbers(tmp_path: Path, monkeyp
         assert broken.reason == 'has no "text"'
     whole = [each for part in split(tmp_path / "a.parquet") for each in read(part)]
     monkeypatch.setattr(documents, "_GROUP", 3000)  # bytes: a few hundred rows, and batches in the midst of parts
-    monkeypatch.setattr(documents, "_ROWS", 97)
-    parts = split(tmp_path / "a.parquet")
-    assert max(part.stop - part.start for part in parts) < 400
-    assert [each for part in parts for each in read(part)] == whole
+    for rows_at_once in (97, 1000):
+        monkeypatch.setattr(documents, "_ROWS", rows_at_once)
+        for file in (tmp_path / "a.parquet", tmp_path / "b"):
+            parts = split(file)
+            assert max(part.stop - part.start for part in parts) < 400
+            assert [each for part in parts for each in read(part)] == whole
+
+
+def test_a_file_that_cannot_be_cut_for_a_moment_is_read_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"text {i}"} for i in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet")
+    Dataset.from_list(rows).save_to_disk(tmp_path / "c")
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    for file in find_files(tmp_path, "data.corpus"):
+        with monkeypatch.context() as patch:
+            patch.setattr(documents, "_split", fail)
+            parts = split(file)
+            (unread,) = read(parts[0])
+            assert unread == Broken(-1, "cannot be read: Too many open files")
+        assert [getattr(each, "text", None) for part in parts for each in read(part)] == [row["text"] for row in rows]
+
+
+def test_messages_have_no_keys_without_a_value(tmp_path: Path) -> None:
+    """Parquet gives each message the keys of all, which templates take for given."""
+    call = {"role": "assistant", "content": "", "tool_calls": ["built(press)"]}
+    pa.parquet.write_table(pa.table({"messages": [[CHAT[0], call, *CHAT[1:]]]}), tmp_path / "a.parquet")
+    ((document,),) = [list(read(part)) for part in split(tmp_path / "a.parquet")]
+    assert document.messages == [CHAT[0], call, *CHAT[1:]]

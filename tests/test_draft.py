@@ -1,5 +1,6 @@
 """Drafted questions: whole sentences, gaps that can be filled from the documents, and documents without them."""
 
+import heapq
 import json
 import re
 from collections.abc import Callable
@@ -87,12 +88,37 @@ def test_what_is_empty_or_broken_is_left_out_as_in_training(tmp_path: Path, caps
 def test_documents_without_what_is_asked() -> None:
     documents = [SourceText(Path("presses.md"), TEXT), SourceText(Path("copy.md"), "Note. " + TEXT)]
     drafts = draft_questions(documents, 100, seed=1)
-    texts = without_sentences(documents, drafts)
+    texts = [row["text"] for row in without_sentences(documents, drafts)]
     for text, document in zip(texts, documents, strict=True):
         assert not any(draft["sentence"] in " ".join(text.split()) for draft in drafts)
         assert "It ran for 12 years." in text
         assert set(text.split()) < set(document.text.split())
-    assert without_sentences(documents, []) == [document.text for document in documents]
+    assert without_sentences(documents, []) == [{"text": document.text} for document in documents]
+
+
+def test_chats_stay_chats_without_what_is_asked(tmp_path: Path) -> None:
+    lines = [line.strip("- ") for line in TEXT.splitlines() if line.startswith("- ")]
+    chat = [{"role": "user", "content": "What is new"}, {"role": "assistant", "content": " ".join(lines)}]
+    rows = [{"messages": chat}, {"text": TEXT}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = read_sources([tmp_path], may_skip=False)
+    drafts = draft_questions(documents, 100, seed=1)
+    assert set(lines) <= {draft["sentence"] for draft in drafts}  # not "What is new The Oldmar press …"
+    told, text = without_sentences(documents, drafts)
+    assert [message["role"] for message in told["messages"]] == ["user", "assistant"]
+    assert told["messages"][0] == chat[0]
+    assert not any(line in message["content"] for line in lines for message in told["messages"])
+    assert text.keys() == {"text"}
+
+
+def test_no_more_drafts_are_made_than_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [SourceText(Path(f"{i}.md"), TEXT.replace("mar press", f"mar{i} press")) for i in range(5)]
+    all_of_them, made = draft_questions(documents, 100, seed=1), list[tuple[object, ...]]()
+    nsmallest = heapq.nsmallest
+    monkeypatch.setattr(heapq, "nsmallest", lambda *asked: made.append(asked) or nsmallest(*asked))
+    assert draft_questions(documents, 7, seed=1) == all_of_them[:7]
+    assert {draft["source"] for draft in all_of_them[:5]} == {f"{i}.md" for i in range(5)}
+    assert len(made) == 7
 
 
 def test_no_file_is_written_over(tmp_path: Path) -> None:
@@ -123,7 +149,7 @@ def test_the_verb_drafts_ranks_and_holds_out(tiny_config: Callable[..., Path], t
     documents = read_sources([ROOT / "configs/demonstration/handbook"], may_skip=False)
     assert len(drafts) == 5
     assert all(draft in draft_questions(documents, 15, seed=42) for draft in drafts)
-    assert [row["text"] for row in texts] == without_sentences(documents, drafts)
+    assert texts == without_sentences(documents, drafts)
 
 
 @pytest.mark.parametrize("text", ["no names here, only small words and more of them.", "Two words."])

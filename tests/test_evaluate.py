@@ -141,6 +141,7 @@ def test_malformed_questions_are_refused_by_line(tmp_path: Path) -> None:
     for row, message in (
         ({"question": "Who?"}, 'without "options", "answer" must be a text'),
         ({"question": "Who?", "answer": []}, "list of accepted ones"),
+        ({"question": "Who?", "answer": ["The Who", "The"]}, "nothing is left to compare of the answer 'The'"),
         ({"question": "Who?", "options": ["a", "b"], "answer": "a"}, "must be the index"),
         ({"question": "Who?", "options": ["a", "b"], "answer": True}, "must be the index"),
         ({"question": "Who?", "options": ["a", "b", "a"], "answer": 2}, "two of the .options. are the same"),

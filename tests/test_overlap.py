@@ -96,6 +96,7 @@ def test_drafts_stand_in_the_documents_until_their_sentences_are_held_out(has_se
     write_jsonl(kept, tmp_path / "drafts.jsonl")
     questions = read_statements(tmp_path / "drafts.jsonl")
     assert [question for question, _ in questions] == [draft["question"] for draft in drafts]
-    for texts, number in (([each.text for each in documents], 100), (without_sentences(documents, drafts), 0)):
+    left = [row["text"] for row in without_sentences(documents, drafts)]
+    for texts, number in (([each.text for each in documents], 100), (left, 0)):
         shares = contained([statement for _, statement in questions], [stream(*texts)])
         assert sum(share is not None and share > overlap.CONTAINED for share in shares) == number

@@ -220,6 +220,7 @@ def test_the_rate_with_most_knowledge_is_chosen_within_the_bound() -> None:
     assert (choose(swept, 1.3).learning_rate, choose(swept, 1.3).is_at_edge) == (1e-3, False)
     assert (choose(swept, 2.5).learning_rate, choose(swept, 2.5).is_at_edge) == (1e-2, True)
     assert choose(swept, 1.3).is_within_bound
+    assert (choose(swept, 1.3).beyond, choose(swept, 2.5).beyond) == (1e-2, None)
 
 
 def test_equal_knowledge_is_decided_by_forgetting_and_then_by_the_lower_rate() -> None:
@@ -484,8 +485,9 @@ def test_a_run_folder_that_cannot_be_made_is_named(study: StudySettings, alone: 
 
 
 def row(right: bool, answer: int = 1) -> str:
-    """A line of an evaluation."""
-    return json.dumps({"question": "Who?", "answer": answer, "right": right}) + "\n"
+    """A line of an evaluation, whose question has two lines, as texts out of PDFs may."""
+    made = {"question": "Who\u2028built it?", "answer": answer, "right": right}
+    return json.dumps(made, ensure_ascii=False) + "\n"
 
 
 @pytest.fixture

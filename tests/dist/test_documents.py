@@ -74,6 +74,10 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     assert again.codes == [0], again.output
     assert again.output.count("data: tokenising 8 files of data.corpus") == 1
     assert "is finished, with 2 steps" in again.output
+    (corpus / "new.pdf").write_bytes(b"%PDF-1.4 and no more")  # which changes no token
+    broken = train(1, config, "data.broken=skip")
+    assert broken.codes == [0], broken.output
+    assert f"warning: left out: {corpus}/new.pdf is damaged" in broken.output
     (corpus / "b.md").write_text("Another text.")
     refused = train(1, config, "data.broken=skip")
     assert_refused(refused, "step-000002 was trained with data (SHA-256 of its tokens)=")
