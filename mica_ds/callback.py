@@ -41,6 +41,7 @@ class RunCallback(TrainerCallback):
         self._config, self._weights = config, weights
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
+        self._is_out_of_patience = False
         self._random_state_of: Path | None = None
         self.is_preempted = False
         """Whether the run has stopped at a signal, with a checkpoint."""
@@ -68,7 +69,7 @@ class RunCallback(TrainerCallback):
             self._note(scores, state, control)
             self._facts["before"] = scores.as_dict()
         elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
-            # A signal came first. Where this was the last of evaluate.patience, transformers stops after one more step.
+            # A signal came first. Where this was the last of evaluate.patience, training stops after one more step.
             self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
         _forget_order(self._trainer.model_wrapped)
         signals.defer(True)
@@ -91,7 +92,7 @@ class RunCallback(TrainerCallback):
                     write_rows(scores.rows, self._config.output_dir, f"step-{step:06d}" if step else "before")
         control.should_save |= self.ranked(state)[:1] == [step]
         if step < state.max_steps and is_out_of_patience(state.log_history, self._config.evaluate):
-            control.should_training_stop = True
+            self._is_out_of_patience = True  # for the end of a step: within one, transformers would leave it half done
             comm.say(
                 f"evaluation: the last {self._config.evaluate.patience} were no better than the best: training stops"
             )
@@ -126,7 +127,7 @@ class RunCallback(TrainerCallback):
             self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
             self._started += time.perf_counter() - started  # it is not training
             self.is_preempted = _has_any_received()
-        control.should_training_stop |= self.is_preempted
+        control.should_training_stop |= self.is_preempted or self._is_out_of_patience
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
 

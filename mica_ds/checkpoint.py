@@ -42,8 +42,8 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of a model that trains under ZeRO-3, then remove those that are not to be kept. Collective.
 
-    Rank 0 gathers some 5 GB at a time and writes under another name that becomes the real one when all is on the disk:
-    a checkpoint is whole or absent.
+    Rank 0 gathers some 5 GB at a time, or one tensor that is larger, and writes under another name that becomes the
+    real one when all is on the disk: a checkpoint is whole or absent.
 
     Args:
         folder: where checkpoints lie side by side.

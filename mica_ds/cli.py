@@ -38,7 +38,8 @@ def _run(verb: str, config: Path, overrides: list[str] | None, **options: Any) -
 
         with comm.failing_together():
             settings = load_config(config, overrides)
-        comm.watch(settings.patience, memory.hint(settings))
+        comm.be_patient(settings.patience)
+        comm.advise(memory.hint(settings))
         with memory.explained(settings):
             getattr(recipe, verb)(settings, **options)
 

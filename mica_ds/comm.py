@@ -154,11 +154,8 @@ def count(key: str, amount: int = 0) -> int:
     return dist.distributed_c10d._get_default_store().add(key, amount)
 
 
-def watch(patience: float, hint: str) -> None:
-    """From now on end this rank soon after another has failed or ended, or been silent for `patience` s. Collective.
-
-    `hint` says what to do about a rank that was killed.
-    """
+def _watch() -> None:
+    """From now on end this rank soon after another has failed, ended or fallen silent. Collective."""
     global _watchdog
     if world_size() == 1:
         return
@@ -171,8 +168,14 @@ def watch(patience: float, hint: str) -> None:
         port = listener.getsockname()[1]
     theirs = gather((socket.gethostname(), port, token))
     _, port, token = theirs[0]
-    _watchdog = Watchdog(rank(), [host for host, _, _ in theirs], patience, hint)
+    _watchdog = Watchdog(rank(), [host for host, _, _ in theirs])
     _watchdog.start(token, listener, (address, port))
+
+
+def be_patient(patience: float) -> None:
+    """From now on wait for so many seconds for a sign of life from another rank. Local, on all ranks at once."""
+    if _watchdog is not None:
+        _watchdog.be_patient(patience)
 
 
 def at(stage: str) -> None:
@@ -241,6 +244,7 @@ def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
     signals.watch()
     try:
         start_alone() if is_alone else start()
+        _watch()
         main()
         if _watchdog is not None:
             _watchdog.finish()

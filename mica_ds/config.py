@@ -18,6 +18,7 @@ from mica_ds.errors import UserError
 from mica_ds.settings import Section, read_settings
 from mica_ds.stores import check_uri
 from mica_ds.upstream import check_deepspeed, check_training_arguments
+from mica_ds.watchdog import PATIENCE
 
 
 class ModelSettings(Section):
@@ -153,7 +154,7 @@ class Config(Section):
     """Go on from the run folder's newest good checkpoint if there is one, begin again, or go on from this one."""
     capacity: Literal["refuse", "warn"] = "refuse"
     """What `train` does where its plan says that the run does not fit these machines."""
-    patience: PositiveFloat = 300
+    patience: PositiveFloat = PATIENCE
     """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
 
 

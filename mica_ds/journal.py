@@ -160,16 +160,10 @@ class Journal:
     def close(self) -> bytes:
         """Try a last time to write what waits, let others write, and return the lines that found no room."""
         self._write()
-        self.let_go()
+        os.close(self._file)
         with suppress(OSError):  # there is none
             self._reserve.unlink()
         return bytes(self._waiting)
-
-    def let_go(self) -> None:
-        """Close the file, without a last word; nothing where it is closed."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
     def _write(self) -> None:
         """Write what waits, or as many lines of it as there is room for."""

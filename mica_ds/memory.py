@@ -18,7 +18,7 @@ from mica_ds.errors import UserError
 
 _GIB = 1 << 30
 _activations = 0  # bytes of a micro-batch, once they are counted
-_REFUSALS = "[Cc]an(no|')t allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+_REFUSALS = "[Cc]an(no|')t allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
 _PHASES = {  # the first of these modules on the stack says what the memory was for
     "mica_ds.inference": "evaluating",
     "mica_ds.checkpoint": "writing a checkpoint",

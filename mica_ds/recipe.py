@@ -74,12 +74,12 @@ def train(config: Config) -> None:
     about_data = examine_data(config, dataset)
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
     checkpoint, step, is_over = start_point(config, origin, steps)
-    if is_over and is_complete(config, step):
+    past = step if is_own(checkpoint, config) else -1
+    if is_over and past == step and is_complete(config, step):
         comm.say(f"train: {folder} is finished, with {step} steps; resume=never begins again")
         if comm.is_main():
             tracking.finish(folder, config.tracking.uri)
         return
-    past = step if is_own(checkpoint, config) else -1
     model, loading_rss = _load(config, checkpoint)
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)

@@ -19,6 +19,7 @@ from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
+from mica_ds.files import replacing
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
 from mica_ds.report import SUMMARY
 from mica_ds.scores import MEASURES, Scores
@@ -76,8 +77,10 @@ def restarted(config: Config) -> Config:
 
 def note_job(folder: Path) -> None:
     """Note that this SLURM job has begun its run, for `restarted`. Local, on rank 0."""
-    if number := os.environ.get("SLURM_JOB_ID"):
-        (folder / _JOB).write_text(number)
+    file, number = folder / _JOB, os.environ.get("SLURM_JOB_ID")
+    if number and not (file.is_file() and file.read_text() == number):
+        with replacing(file) as partial:
+            partial.write_text(number)
 
 
 def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int, bool]:
@@ -143,14 +146,14 @@ def is_complete(config: Config, step: int) -> bool:
 
 
 def is_own(checkpoint: Path | None, config: Config) -> bool:
-    """Whether the run folder holds a checkpoint, by its hashes: beside another, what is there is not its past. Local.
+    """Whether the run folder holds a checkpoint, by its hashes: beside another, what is there is not its past.
 
-    True where there is none.
+    True where there is none. Collective.
     """
     if checkpoint is None:
         return True
     own, _ = checkpoint_folder(config.output_dir / "checkpoints", read_state(checkpoint)["step"])
-    return own.is_dir() and (own / STATE).read_bytes() == (checkpoint / STATE).read_bytes()
+    return comm.gather(own.is_dir() and (own / STATE).read_bytes() == (checkpoint / STATE).read_bytes())[0]
 
 
 def _read_summary(config: Config) -> dict[str, Any]:

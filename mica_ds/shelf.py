@@ -156,6 +156,7 @@ def _loss(checkpoint: Path) -> float:
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint, under a name that nobody takes for one while it goes."""
     partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # left by an earlier time, which the new name would fail over
     os.replace(checkpoint, partial)
     shutil.rmtree(partial)
 

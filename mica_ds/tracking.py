@@ -1,6 +1,5 @@
 """The run's tracking: rank 0 writes it to the journal, and a process of its own sends that to MLflow."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -69,13 +68,6 @@ class Tracker:
         self.tags({f"attempt.{self._journal.attempt}.{key}": value for key, value in made_by.items()})
         comm.at_abort(lambda code: self._journal.end("KILLED" if code in (EXIT_CODE, INTERRUPT_CODE) else "FAILED"))
         self._sender = _start_sender(self._folder, self._uri)
-        os.register_at_fork(after_in_child=self._let_go)
-
-    def _let_go(self) -> None:
-        """A data loader's worker outlives a run that is killed: it must hold neither its lock nor its sender's pipe."""
-        self._journal.let_go()
-        if self._sender and self._sender.stdin:
-            self._sender.stdin.close()
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Note numbers at a step; some 0.1 ms. Local."""

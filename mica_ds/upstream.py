@@ -27,6 +27,7 @@ _DERIVED = {
 _FIXED_ORDER = "the order of the samples follows from train.seed, on any number of ranks"
 _EVALUATION = "what is scored, and when, is set under `evaluate`"
 _BEST = "set checkpoint.export=best instead"
+_MAPPED = "samples are read from mapped memory, which needs no workers"
 _HUB = "nothing is sent to a hub"
 _UNSUPPORTED = {
     "eval_strategy": "set evaluate.every instead",
@@ -45,6 +46,7 @@ _UNSUPPORTED = {
     "save_total_limit": "set checkpoint.keep instead",
     "save_only_model": "a checkpoint is always complete",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always make a checkpoint",
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"), _MAPPED),
     "ignore_data_skip": "a resumed run goes on at the next sample",
     "hub_token": f"{_HUB}, and a token would be kept in the run folder",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"), _HUB),

@@ -16,10 +16,12 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+PATIENCE = 300.0
+"""Seconds of silence after which a rank is given up, until the config says otherwise."""
 _GRACE = 5.0  # seconds that a rank has to end by itself once it is known that another has failed
 _STUCK = 10  # seconds in one collective after which a rank that has come to its end will not join it any more
 _KILLED = "ended without a word (it crashed, or was killed)"
@@ -47,27 +49,36 @@ class _Peer:
     silent: int = 0
     """Beats of this rank since the other's last."""
     has_left: bool = False
+    waiting: list[str] = field(default_factory=list)
+    """What was to be said before there was a connection."""
+
+    def connect(self, writer: asyncio.StreamWriter, *greeting: str) -> None:
+        self.writer = writer
+        for line in (*greeting, *self.waiting):
+            self.send(line)
 
     def send(self, line: str) -> None:
         if self.writer is not None:
             self.writer.write(f"{line}\n".encode())
+        elif line:
+            self.waiting.append(line)
 
 
 class Watchdog:
     """A thread that exchanges signs of life, and ends this process when another rank is the cause of a failure."""
 
-    def __init__(self, rank: int, hosts: list[str], patience: float, hint: str) -> None:
-        """Of rank `rank` among those on `hosts`.
-
-        `patience` is in seconds of silence; `hint` says what to do about a rank that was killed.
-        """
-        self._rank, self._hosts, self._patience, self.hint = rank, hosts, patience, hint
+    def __init__(self, rank: int, hosts: list[str]) -> None:
+        """Of rank `rank` among those on `hosts`."""
+        self._rank, self._hosts, self._patience = rank, hosts, PATIENCE
+        self.hint = ""
+        """What to do about a rank that was killed."""
         self._peers = {other: _Peer(other) for other in (range(1, len(hosts)) if rank == 0 else [0])}
         self._main_thread = threading.get_ident()
         self._loop = asyncio.new_event_loop()
         self._expecting: asyncio.Task[None] | None = None
         self._verdict: Verdict | None = None
         self._is_known = threading.Event()
+        self._has_changed = asyncio.Event()
         self._is_done = self._is_failing = False
         self.stage = ""
         """What the run is at, as in `step 7`."""
@@ -82,6 +93,15 @@ class Watchdog:
         self._token = token
         watch = self._watch(listener, address)
         threading.Thread(target=self._loop.run_until_complete, args=[watch], daemon=True).start()
+
+    def be_patient(self, patience: float) -> None:
+        """Wait for so many seconds of silence, from now on; on all ranks at once. Local."""
+
+        def change() -> None:
+            self._patience = patience
+            self._has_changed.set()
+
+        self._loop.call_soon_threadsafe(change)
 
     def finish(self) -> None:
         """Tell the others that this rank has done its part: it joins no collective but the last barrier. Local."""
@@ -117,17 +137,18 @@ class Watchdog:
             self._server = await asyncio.start_server(self._admit, sock=listener, limit=_LINE)
         else:
             self._reading = asyncio.create_task(self._join(address))
-        interval = self._patience / 10
         while True:
-            await asyncio.sleep(interval)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._has_changed.wait(), self._patience / 10)
             self._send_all("")
             for peer in self._peers.values():
                 # Counted in beats of this rank: a job that was suspended as a whole goes on afterwards.
-                peer.silent += 1
-                if peer.silent * interval > self._patience and not peer.has_left:
+                peer.silent = 0 if self._has_changed.is_set() else peer.silent + 1
+                if peer.silent * self._patience / 10 > self._patience and not peer.has_left:
                     self._report(
                         Verdict(peer.rank, f"gave no sign of life for {self._patience:g} s", code=1, is_told=False)
                     )
+            self._has_changed.clear()
 
     async def _join(self, address: tuple[str, int]) -> None:
         try:
@@ -135,8 +156,7 @@ class Watchdog:
         except OSError as error:
             self._report(Verdict(0, f"cannot be reached at {address[0]}:{address[1]}: {error}", code=1, is_told=False))
             return
-        self._peers[0].writer = writer
-        self._peers[0].send(f"{self._token} {self._rank}")
+        self._peers[0].connect(writer, f"{self._token} {self._rank}")
         await self._listen(self._peers[0], reader)
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,9 +168,7 @@ class Watchdog:
             writer.close()  # a stranger, such as a port scan
             return
         peer = self._peers[int(rank)]
-        peer.writer = writer
-        if self._verdict is not None:
-            peer.send(json.dumps(self._verdict))
+        peer.connect(writer)
         await self._listen(peer, reader)
 
     async def _listen(self, peer: _Peer, reader: asyncio.StreamReader) -> None:
@@ -237,7 +255,8 @@ def _module(frame: FrameType) -> str:
 
 def _is_waiting(frame: FrameType) -> bool:
     """Whether a function waits for other ranks, where it is the innermost one."""
-    return _module(frame).startswith(("torch.distributed", "deepspeed.", "mica_ds.comm"))
+    # NCCL's collectives are waited for in torch.cuda.
+    return _module(frame).startswith(("torch.distributed", "torch.cuda", "deepspeed.", "mica_ds.comm"))
 
 
 def _describe(frame: FrameType) -> str:

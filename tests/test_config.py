@@ -81,6 +81,7 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("train.eval_on_start=true", "is not supported: what `evaluate` names is always scored before training"),
         ("train.save_strategy=best", "train.save_strategy=best is not supported: set checkpoint.export=best instead"),
         ("train.use_cache=true", "is not supported: training needs no cache, and with one packed documents see each"),
+        ("train.dataloader_num_workers=4", "is not supported: samples are read from mapped memory, which needs no"),
         ("train.fsdp=full_shard", "train.fsdp is not supported: DeepSpeed shards the model"),
         ("train.optim=adafactor", "train.optim is not supported: the JSON of `deepspeed` names the optimizer"),
         ("checkpoint.keep=0", "checkpoint.keep: input should be greater than 0"),

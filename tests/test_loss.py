@@ -56,6 +56,16 @@ def test_it_equals_the_whole_loss(
     assert compared > 5
 
 
+def test_offloaded_activations_leave_the_head_where_it_is(batch: dict[str, torch.Tensor]) -> None:
+    ours = build().train()
+    assert loss.tile_loss(ours)
+    moved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: moved.append(tensor.numel()) or tensor, lambda t: t):
+        ours(**batch).loss.backward()
+    assert moved
+    assert max(moved) < 32 * 1000  # the head's elements, as many as those of the logits of 32 tokens
+
+
 def test_evaluation_has_its_logits_and_loss(batch: dict[str, torch.Tensor]) -> None:
     stock = build().eval()
     ours = copy.deepcopy(stock)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("alone")
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("CUDA error: out of memory"),  # a pinned allocation's
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
         OSError(12, "Cannot allocate memory"),
     ],
     ids=lambda error: type(error).__name__,

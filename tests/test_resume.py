@@ -61,6 +61,7 @@ def test_a_finished_run_without_checkpoints_is_not_taken_for_the_base_model(conf
         chosen_checkpoint(config)
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config: Config, tmp_path: Path) -> None:
     own = put(config, 4, [])
     copy = Path(shutil.copytree(own, tmp_path / "copy"))

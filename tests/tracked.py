@@ -7,8 +7,6 @@ id of the run and the addresses that Python has connected to.
 
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -23,15 +21,6 @@ from mica_ds.tracking import Tracker
 SPECIAL = {2: math.inf, 3: -math.inf, 4: math.nan}
 
 
-def work_for_a_loader(run: int) -> None:
-    """A process like a data loader's worker, which looks for its run every five seconds."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for output in (1, 2):
-        os.dup2(nowhere, output)
-    while os.getppid() == run:
-        time.sleep(5)
-
-
 def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
     connected: list[str] = []
     sys.addaudithook(lambda event, values: connected.append(str(values[1])) if event == "socket.connect" else None)
@@ -40,8 +29,6 @@ def main(file: str, steps: str, seconds: str, *overrides: str) -> None:
     config.output_dir.mkdir(exist_ok=True)
     settings, shares = config.model_dump(mode="json"), []
     with Tracker(config.output_dir, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
-        worker = multiprocessing.get_context("fork").Process(target=work_for_a_loader, args=[os.getpid()], daemon=True)
-        worker.start()
         for step in range(int(steps)):
             started = time.perf_counter()
             time.sleep(float(seconds))

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +30,9 @@ def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
         print("FAULT", flush=True)
         if act == "exit":
             os._exit(0)
+        if act == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return original(*args, **kwargs)
         if act == "sleep":
             time.sleep(75)
             return original(*args, **kwargs)

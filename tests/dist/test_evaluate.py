@@ -144,6 +144,19 @@ def test_a_run_that_patience_ended_is_not_trained_again(run: Run) -> None:
     assert f"is finished, with {run.summary()['steps']} steps" in again.output
 
 
+def test_patience_that_would_have_ended_at_a_signal_ends_a_step_later(run: Run, tmp_path: Path) -> None:
+    """Of two micro-batches, where the first start's two ranks had one each."""
+    other = Run(run.config, tmp_path / "run")
+    nothing_is_learnt = ["evaluate.patience=1", "train.learning_rate=1e-9"]
+    stopped = other.train(2, *nothing_is_learnt, signal=[signal.SIGUSR1, 4])
+    assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
+    finished = other.train(1, *nothing_is_learnt)
+    assert finished.codes == [0], finished.output
+    assert "training stops" in finished.output
+    assert other.summary()["steps"] == 5
+    assert len(other.seen()[5]) == 2
+
+
 def test_three_ranks_score_other_questions_and_suites(run: Run) -> None:
     """The base model has to be scored anew: under the adapter, on more ranks than there are batches of answers."""
     pytest.importorskip("lm_eval", reason="launch/setup.sh installs lm-eval")

@@ -14,6 +14,7 @@ import pytest
 from mica_ds.config import load_config
 from mica_ds.delivery import unsent
 from mica_ds.footprint import count_footprint, micro_batch
+from mica_ds.watchdog import PATIENCE
 
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
 from ..slurm import wait_until
@@ -96,6 +97,22 @@ def test_a_rank_that_is_stopped_is_named_in_time(
         assert re.search(r"called from mica_ds\.\S+, step \d", last)
         os.kill(processes[stopped].pid, signal.SIGCONT)
         assert processes[stopped].wait(60) == 1  # it has been given up, and ends when it goes on
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_rank_that_is_stopped_before_it_knows_the_config(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    with log.open("w") as output:
+        arguments = ["1", "mica_ds.cli.load_config", "stop", "train", str(tiny_config(patience=5))]
+        processes = launch_ranks(2, arguments, "tests.dist.faulty", output)
+    try:
+        assert processes[0].wait(PATIENCE + 2 * LIMIT) == 1
+        last = log.read_text().strip().splitlines()[-1]
+        assert f"error: rank 1 (host {HOST}) gave no sign of life for {PATIENCE:g} s" in last
     finally:
         for process in processes:
             process.kill()

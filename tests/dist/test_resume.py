@@ -300,6 +300,13 @@ def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None
         assert other.summary()[key] == reference.summary()[key]
     exports = [load_file(run.folder / "adapter/adapter_model.safetensors") for run in (reference, other)]
     assert all(torch.equal(exports[1][name], tensor) for name, tensor in exports[0].items())
+    # The end of another run is another adapter.
+    elsewhere = Run(other.config, other.folder.parent / "elsewhere").take(other, STEPS)
+    elsewhere.forge(STEPS, loss=0.5)
+    replaced = other.train(1, f"resume={elsewhere.checkpoint(STEPS)}")
+    assert replaced.codes == [0], replaced.output
+    assert "is finished" not in replaced.output
+    assert other.checkpoints() == []
 
 
 def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
