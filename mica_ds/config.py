@@ -133,7 +133,7 @@ class TrackingSettings(Section):
     parent: str | None = Field(default=None, pattern="^[0-9A-Za-z_-]+$")
     """Id of the run that this one is a child of, as in a study: MLflow's, or the one in its journal."""
     register_as: str | None = Field(default=None, pattern="^[^/:']+$")
-    """Name (without / and :) of a model in MLflow's registry, of which the adapter becomes a version."""
+    """Name (without /, : and ') of a model in MLflow's registry, of which the adapter becomes a version."""
 
 
 class Config(Section):

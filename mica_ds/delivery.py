@@ -57,6 +57,8 @@ class Delivery:
                 if part[0] and part[0]["kind"] in _FILES:
                     self._send_ahead(client)
                 raise
+            if part[0] and part[0]["kind"] in _FILES:
+                self._ahead = 0  # what comes after it is sent again, and older words and states with it
             self._receipt |= {"lines": self._receipt["lines"] + len(part), "time": _time(part[-1])}
             self._save()
 
@@ -102,11 +104,8 @@ class Delivery:
             client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
             self._receipt = dict(_NOTHING)  # deleted, or another store than before at the same address: all over again
-        sent = list(islice(self._reader.read(), self._receipt["lines"]))
-        if len(sent) < self._receipt["lines"] or (sent and _time(sent[-1]) != self._receipt["time"]):
-            # The journal was cut before that line, by a repair or a copy, and may have grown since: all over again.
+        if not _pass_sent(self._reader, self._receipt):
             self._receipt |= {"lines": 0, "time": None}
-            self._reader.position = 0
         return client
 
     def _next_part(self) -> list[Line | None]:
@@ -211,6 +210,18 @@ def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
         client.log_batch(run, tags=[RunTag(*item) for item in list(tags.items())[start : start + _PARAMS]])
 
 
+def _pass_sent(reader: Reader, receipt: dict[str, Any]) -> int:
+    """Read the lines that a store has acknowledged, and return their number.
+
+    None where the journal was cut before the last of them, by a repair or an old copy: it may have grown since.
+    """
+    times = [_time(line) for line in islice(reader.read(), receipt["lines"])]
+    if len(times) == receipt["lines"] and times[-1:] in ([], [receipt["time"]]):
+        return len(times)
+    reader.position = 0
+    return 0
+
+
 def _time(line: Line | None) -> int | None:
     """What tells a line from all others; None for a damaged one."""
     return line.get("time") if line else None
@@ -245,9 +256,11 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
-def unsent(folder: Path, uri: str, lines: int) -> int:
-    """How many of a journal's lines a store has not acknowledged. Local."""
-    return max(0, lines - _receipts(folder).get(uri, _NOTHING)["lines"])
+def unsent(folder: Path, uri: str) -> int:
+    """How many lines of a folder's journal a store has not acknowledged. Local."""
+    reader = Reader(folder)
+    _pass_sent(reader, _NOTHING | _receipts(folder).get(uri, {}))
+    return sum(1 for _ in reader.read())
 
 
 def _receipts(folder: Path) -> dict[str, dict[str, Any]]:

@@ -141,11 +141,14 @@ def _is_dataset(folder: Path) -> bool:
 
 
 def split(file: Path) -> list[Part]:
-    """The parts of a file, in their order, none of which is large unless one document is. Local."""
+    """The parts of a file, in their order: none is large unless one document is. Local.
+
+    A file that cannot be cut is one part, whose reading cuts it, or tells what is wrong.
+    """
     try:
         return _split(file)
     except Exception:
-        return [Part(file, stop=-1)]  # whose reading tells what is wrong
+        return [Part(file, stop=-1)]
 
 
 def _split(file: Path) -> list[Part]:

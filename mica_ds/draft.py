@@ -110,8 +110,10 @@ def draft_questions(documents: list[SourceText], number: int, seed: int) -> list
 
     def drafts(file: Path, sentences: list[tuple[str, _Term]]) -> Iterator[dict[str, Any]]:
         for sentence, term in sentences:
+            if sentence in taken:
+                continue
             others = [text for text in by_kind[term.kind] if not _overlap(text, term.text) and text not in sentence]
-            if sentence in taken or len(others) < WRONG:
+            if len(others) < WRONG:
                 continue
             own = contexts[term.kind, term.text]
 

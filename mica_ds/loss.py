@@ -69,6 +69,7 @@ class _TiledLoss:
         tiles = math.ceil(shift_labels.numel() * vocab_size / _TILE)
         trainable: list[nn.Parameter] = []
         # Each tile goes forwards and backwards within: activations that are offloaded would take the head with them.
+        # The cycle that PyTorch warns of, of what is saved as it is, ends with the tile's own backward pass.
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return TiledFusedLogitsLoss.apply(
                 loss_of_tile, self._head, logits, shift_labels.contiguous(), None, tiles, trainable, "sum"

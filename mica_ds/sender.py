@@ -35,13 +35,14 @@ def sync(folder: Path, uri: str | None) -> str:
     mend(folder)
     lines = list(Reader(folder).read())
     uris = [line["uri"] for line in lines if line and line["kind"] == "start"]
-    if not uris or not any(line and line["kind"] == "run" for line in lines):
+    uri = uri or next(reversed(uris), "")
+    has_run = any(line and line["kind"] == "run" for line in lines)
+    if not uris or not (has_run or unsent(folder, uri) < len(lines)):
         raise UserError(f"{folder}: the journal holds no run" + (", or its first line is damaged" if lines else ""))
-    uri = uri or uris[-1]
     damaged = f", but for {count} that are damaged" if (count := lines.count(None)) else ""
     _prepare()
     with _alone(folder, wait=False):
-        before, reason = unsent(folder, uri, len(lines)), ""
+        before, reason = unsent(folder, uri), ""
         for pause in _SYNC_PAUSES:
             time.sleep(pause)
             try:
@@ -50,7 +51,7 @@ def sync(folder: Path, uri: str | None) -> str:
                 reason = _reason(error)
             else:
                 return f"sync: {before} lines sent, {uri} has all {len(lines)} of {folder}{damaged}"
-    left = unsent(folder, uri, len(lines))
+    left = unsent(folder, uri)
     raise UserError(f"{uri} has not taken {left} of {len(lines)} lines ({reason}); the same command sends them later")
 
 

@@ -16,7 +16,7 @@ SQLITE = "sqlite:///"
 _SERVERS = ("http", "https", "databricks")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _TELLING = re.compile("pass|token|secret|key|credential", re.IGNORECASE)
-_VARIABLES = re.compile("(PASSWORD|PASSWD|TOKEN|SECRET|KEY)$")  # the environment's
+_VARIABLES = re.compile("(PASSWORD|PASSWD|TOKEN|SECRET|(^|_)(API)?KEY)$")  # the environment's
 _SHORTEST = 4  # characters of a secret: a shorter one would be found in any text
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from mica_ds import comm
 from mica_ds.config import EvaluateSettings
+from mica_ds.encoding import without_end
 from mica_ds.errors import UserError
 from mica_ds.inference import Runner, Sequence
 from mica_ds.scores import write_rows
@@ -141,7 +142,8 @@ def _model(runner: Runner, model: Any) -> Any:
             return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            return list(tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"])
+            ids = tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
+            return without_end(ids, tokenizer)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             sequences = []

@@ -27,7 +27,7 @@ from mica_ds.errors import UserError
 from mica_ds.files import abandoned, locked, partial, sync
 from mica_ds.workers import encode_files
 
-_VERSION = 2
+_VERSION = 3
 """Of what an entry holds: another one makes all entries anew."""
 _MANIFEST = "manifest.json"
 _COLUMNS = {  # the files of an entry

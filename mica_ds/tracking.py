@@ -122,7 +122,7 @@ def finish(folder: Path, uri: str) -> None:
         return
     if journal.run and journal.status != "FINISHED":  # killed after its last work, before its last line
         journal.write("end", status="FINISHED")
-    sender = _start_sender(folder, uri) if unsent(folder, uri, journal.lines) else None
+    sender = _start_sender(folder, uri) if unsent(folder, uri) else None
     _close(journal, sender, folder, uri)
 
 
@@ -153,7 +153,7 @@ def _close(journal: Journal, sender: "subprocess.Popen[bytes] | None", folder: P
         what = f"{uri} has them, and no other store will" if is_sent else "they are lost"
         comm.say(f"warning: tracking: {lost} lines found no room in {folder}: {what}")
     written = journal.lines - lost
-    if not is_sent and (left := unsent(folder, uri, written)):
+    if not is_sent and (left := unsent(folder, uri)):
         comm.say(
             f"warning: tracking: {left} of {written} lines are not sent to {uri} yet; "
             f"`mica-ds sync {folder}` sends them"

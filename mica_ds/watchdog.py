@@ -22,6 +22,7 @@ from typing import NamedTuple, NoReturn
 
 PATIENCE = 300.0
 """Seconds of silence after which a rank is given up, until the config says otherwise."""
+_BEATS = 10  # in that time
 _GRACE = 5.0  # seconds that a rank has to end by itself once it is known that another has failed
 _STUCK = 10  # seconds in one collective after which a rank that has come to its end will not join it any more
 _KILLED = "ended without a word (it crashed, or was killed)"
@@ -139,12 +140,12 @@ class Watchdog:
             self._reading = asyncio.create_task(self._join(address))
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._has_changed.wait(), self._patience / 10)
+                await asyncio.wait_for(self._has_changed.wait(), self._patience / _BEATS)
             self._send_all("")
             for peer in self._peers.values():
                 # Counted in beats of this rank: a job that was suspended as a whole goes on afterwards.
                 peer.silent = 0 if self._has_changed.is_set() else peer.silent + 1
-                if peer.silent * self._patience / 10 > self._patience and not peer.has_left:
+                if peer.silent > _BEATS and not peer.has_left:
                     self._report(
                         Verdict(peer.rank, f"gave no sign of life for {self._patience:g} s", code=1, is_told=False)
                     )

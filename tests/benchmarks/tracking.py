@@ -59,7 +59,7 @@ def track_until_the_server_dies(folder: Path, server: Server) -> dict[str, float
         time.sleep(STEPS * STEP / 3)
         proxy.close()
 
-    threading.Thread(target=kill).start()
+    threading.Thread(target=kill, daemon=True).start()
     return track(folder, proxy.uri)
 
 

@@ -51,8 +51,7 @@ def test_a_rank_that_raises_is_the_last_to_speak(
     (line,) = [line for line in lines if f"rank {1 - rank} (host {HOST}) was in " in line]
     assert f"rank {rank} (host {HOST}) failed: ZeroDivisionError: division by zero" in line
     journal, store = tmp_path / "run/journal.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
-    lines = journal.read_text().splitlines()
-    wait_until(lambda: not unsent(journal.parent, store, len(lines)), tmp_path, 120)  # the sender goes on by itself
+    wait_until(lambda: not unsent(journal.parent, store), tmp_path, 120)  # the sender goes on by itself
     (found,) = mlflow.MlflowClient(store).search_runs(["1"])
     assert found.info.status == "FAILED"
 
@@ -110,7 +109,7 @@ def test_a_rank_that_is_stopped_before_it_knows_the_config(tiny_config: Callable
         arguments = ["1", "mica_ds.cli.load_config", "stop", "train", str(tiny_config(patience=5))]
         processes = launch_ranks(2, arguments, "tests.dist.faulty", output)
     try:
-        assert processes[0].wait(PATIENCE + 2 * LIMIT) == 1
+        assert processes[0].wait(1.1 * PATIENCE + 3 * LIMIT) == 1
         last = log.read_text().strip().splitlines()[-1]
         assert f"error: rank 1 (host {HOST}) gave no sign of life for {PATIENCE:g} s" in last
     finally:

@@ -280,7 +280,7 @@ def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None
     *lines, end = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines))
     receipts = json.loads((other.folder / "sync.json").read_text())
-    receipts[uri]["lines"] = len(lines)
+    receipts[uri] |= {"lines": len(lines), "time": json.loads(lines[-1])["time"]}
     (other.folder / "sync.json").write_text(json.dumps(receipts))
     store = mlflow.MlflowClient(uri)
     store.update_run(receipts[uri]["run"], "RUNNING")

@@ -243,19 +243,27 @@ def test_a_study_whose_runs_are_jobs(site: Site) -> None:
     variables = {**site.slurm.variables, **site.variables}
 
     def jobs() -> list[str]:
-        return [log.read_text().split()[1].rstrip(";") for log in sorted(folder.rglob("study.log"))]
+        return [log.read_text().split()[1].rstrip(";") for log in sorted(folder.glob("*/lr-*/seed-*/study.log"))]
+
+    def trained() -> int:
+        return len({path.parent for path in folder.glob("*/lr-*/seed-*/checkpoints/step-*")})
 
     first = subprocess.Popen(command, cwd=ROOT, env=environment(**variables))
-    wait_until(lambda: len(list(folder.rglob("step-000004"))) == 2, site.folder, LAUNCH_LIMIT)  # side by side
-    site.jobs += jobs()
-    first.terminate()
+    try:
+        wait_until(lambda: trained() == 2, site.folder, LAUNCH_LIMIT)  # side by side
+    finally:
+        first.terminate()
+        site.jobs += jobs()
     assert first.wait(60) == os.EX_TEMPFAIL
     assert [site.state(job) for job in jobs()] == ["CANCELLED"] * 2
     second = start(command, **variables)
     site.jobs += jobs()
     assert second.codes == [0], second.output
     assert len((folder / "results.jsonl").read_text().splitlines()) == 4
-    starts = [[line["kind"] for line in Reader(run.parent).read() if line] for run in folder.rglob("summary.json")]
+    starts = [
+        [line["kind"] for line in Reader(run.parent).read() if line]
+        for run in folder.glob("*/lr-*/seed-*/summary.json")
+    ]
     assert sorted(kinds.count("start") for kinds in starts) == [1, 1, 2, 2]
 
 
