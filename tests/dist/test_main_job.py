@@ -168,13 +168,6 @@ def test_progress_is_shown_by_rank_0_alone(job: Finished, run: Path) -> None:
         assert bar in job.output
 
 
-def test_a_second_run_reuses_the_cache_and_says_so(run: Path, overrides: list[str]) -> None:
-    command = ["deepspeed", "--no_local_rank", "--num_accelerators", "2", "--module", "mica_ds", "basis"]
-    again = start([*command, str(ROOT / "configs/demonstration.yaml"), *overrides])
-    assert again.codes == [0], again.output
-    assert "bases: 210 matrices, r = 16, all from the cache" in again.output
-
-
 def test_a_signal_ends_it_within_a_minute_with_a_checkpoint(run: Path, overrides: list[str]) -> None:
     """The last test here: it goes on in the same run folder."""
     log = run.parent / "signalled.log"
