@@ -49,15 +49,16 @@ class Delivery:
             start = self._reader.position
             if not (part := self._next_part()):
                 return
+            is_file = part[0] is not None and part[0]["kind"] in _FILES
             try:
                 self._reader.sync()  # else new lines might take the place of sent ones, once the power fails
                 self._ship(client, [line for line in part if line])
             except Exception:
                 self._reader.position = start
-                if part[0] and part[0]["kind"] in _FILES:
+                if is_file:
                     self._send_ahead(client)
                 raise
-            if part[0] and part[0]["kind"] in _FILES:
+            if is_file:
                 self._ahead = 0  # what comes after it is sent again, and older words and states with it
             self._receipt |= {"lines": self._receipt["lines"] + len(part), "time": _time(part[-1])}
             self._save()
