@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mica_ds import comm, signals
@@ -121,12 +120,14 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._meter.end_step()
         self._count_skipped(state.global_step)
-        self.is_preempted = _has_any_received()
+        self.is_preempted = _is_to_stop(state.global_step)
         if self._is_due(state) and not self.is_preempted:
             started = time.perf_counter()
-            self._note(self._evaluator.score(self._trainer.model_wrapped), state, control)
+            scores = self._evaluator.score(self._trainer.model_wrapped)
+            heed_signals(state.global_step)
+            self._note(scores, state, control)
             self._started += time.perf_counter() - started  # it is not training
-            self.is_preempted = _has_any_received()
+            self.is_preempted = _is_to_stop(state.global_step)
         control.should_training_stop |= self.is_preempted or self._is_out_of_patience
         control.should_save |= control.should_training_stop
         control.should_log |= control.should_save
@@ -180,6 +181,16 @@ def _forget_order(engine: Any) -> None:
     offload.param_coordinator = coordinator
 
 
-def _has_any_received() -> bool:
-    """Whether any rank has got one of the signals. Collective."""
-    return comm.sum_(torch.tensor([float(signals.received())])).item() > 0
+def heed_signals(step: int) -> None:
+    """Have all ranks stop after this step where this one has got a signal. Local, before the step's last collective.
+
+    What one rank says before a collective, all know after it: no other collective has to ask for it.
+    """
+    if signals.received():
+        comm.first("stop", str(step))
+
+
+def _is_to_stop(step: int) -> bool:
+    """Whether all ranks stop after this step; one that is ahead may have said so of the next. Local."""
+    last = comm.first("stop")
+    return last != "" and int(last) <= step

@@ -98,12 +98,15 @@ class Meter:
         self.tokens += self._expected
 
     def read(self) -> dict[str, float]:
-        """Metrics of the steps since the last reading; then begin anew. Collective; some hundred bytes a rank."""
-        ranks = comm.gather({**self._seconds, "host": peak_rss(), "device": _device_memory(), "node": _node()})
-        # Of one rank: where one waits for data, the others wait for it inside of their steps.
-        seconds = max(rank["step"] + rank["data"] for rank in ranks)
+        """On rank 0, metrics of the steps since the last reading, elsewhere none; then begin anew. Collective."""
+        mine = {**self._seconds, "host": peak_rss(), "device": _device_memory(), "node": _node()}
         steps, tokens = max(self._steps, 1), self._new_tokens
         self._clear()
+        ranks = comm.collect("meter", mine)
+        if not ranks:
+            return {}
+        # Of one rank: where one waits for data, the others wait for it inside of their steps.
+        seconds = max(rank["step"] + rank["data"] for rank in ranks)
         flops = self._flops_per_token * tokens / max(seconds, 1e-9) / len(ranks)
         values = {
             "tokens": self.tokens,

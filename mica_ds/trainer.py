@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init
 
 from mica_ds import comm
-from mica_ds.callback import RunCallback
+from mica_ds.callback import RunCallback, heed_signals
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, save_checkpoint
 from mica_ds.config import Config
 from mica_ds.data import Sequences
@@ -70,10 +70,13 @@ class MicaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if not self.args.parallelism_config:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
-        return token_loss(outputs.loss)
+        if self.args.parallelism_config:
+            outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+            loss = token_loss(outputs.loss)
+        else:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        heed_signals(self.state.global_step + 1)  # as late in a step as can be: on the way back the ranks meet
+        return loss
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()

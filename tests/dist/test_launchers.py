@@ -50,7 +50,9 @@ def launch(request: pytest.FixtureRequest) -> Launch:
         variables: dict[str, str] = {}
         if launcher == "srun":
             variables = {"MASTER_ADDR": "n1", "MASTER_PORT": str(port), **request.getfixturevalue("slurm").variables}
-        return start([*LAUNCHERS[launcher].format(port=port).split(), *arguments], **variables)
+        finished = start([*LAUNCHERS[launcher].format(port=port).split(), *arguments], **variables)
+        assert not [*Path("/dev/shm").glob(f"*_{port}_*")]  # DeepSpeed's buffers
+        return finished
 
     return run
 
