@@ -27,6 +27,7 @@ fi
 # On GPUs the ops that a config needs are compiled on first use.
 if ! command -v nvidia-smi >/dev/null && [ ! -f .venv/ops/complete ]; then
   echo "setup: compiling DeepSpeed's CPU ops (a minute or two)"
+  rm -rf .venv/ops  # an interrupted compilation leaves its lock, for which this one would wait for ever
   PATH="$PWD/.venv/bin:$PATH" TORCH_EXTENSIONS_DIR="$PWD/.venv/ops" DS_ACCELERATOR=cpu .venv/bin/python - <<'PY' >.venv/ops.log 2>&1 || fail "see .venv/ops.log"
 from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
 

@@ -184,13 +184,13 @@ def _forget_order(engine: Any) -> None:
 def heed_signals(step: int) -> None:
     """Have all ranks stop after this step where this one has got a signal. Local, before the step's last collective.
 
-    What one rank says before a collective, all know after it: no other collective has to ask for it.
+    What one rank says before a collective, all know after it: so none has to be made to ask for it.
     """
     if signals.received():
-        comm.first("stop", str(step))
+        comm.agreed("last step", str(step))
 
 
 def _is_to_stop(step: int) -> bool:
     """Whether all ranks stop after this step; one that is ahead may have said so of the next. Local."""
-    last = comm.first("stop")
+    last = comm.agreed("last step")
     return last != "" and int(last) <= step

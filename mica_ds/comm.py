@@ -1,10 +1,11 @@
 """Ranks, collectives, and failing together. The only user of `torch.distributed`.
 
 All collectives here run over gloo on host memory: they carry shards, fingerprints and results of evaluations, while
-DeepSpeed's own group (NCCL on GPUs) carries the training.
+DeepSpeed's own group (NCCL on GPUs) carries the training. A few bytes beside the steps go through torch's store.
 """
 
 import io
+import itertools
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from mica_ds.watchdog import Watchdog
 _PATIENCE = timedelta(days=30)
 _group: dist.ProcessGroup | None = None
 _watchdog: Watchdog | None = None
+_turns = itertools.count()
 
 Work = dist.Work | None
 
@@ -45,8 +47,8 @@ def start() -> None:
     if not torch.cuda.is_available():
         process.require_no_gpu()
         process.require_compiler()  # DeepSpeed compiles its shared-memory collectives
-        # Which training never asks for. Where its launcher says that all ranks are on one machine, DeepSpeed (0.19.8)
-        # would keep 66 MiB a rank in /dev/shm for them, also after the run.
+        # Where all ranks are on one machine, DeepSpeed (0.19.8) would keep 66 MiB a rank in /dev/shm for those, also
+        # after the run; training uses none of them.
         os.environ.pop("LOCAL_SIZE", None)
     process.load_deepspeed(is_quiet=os.environ["RANK"] != "0")
     import deepspeed
@@ -62,7 +64,10 @@ def start() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     place = process.own_cores()
-    process.share_cores(gather(place).count(place))
+    places = gather(place)
+    process.share_cores(places.count(place))
+    # On a CPU DeepSpeed would else ask numactl, for each bucket of gradients.
+    os.environ["LOCAL_SIZE"] = str(sum(host == place[0] for host, _ in places))
 
 
 def start_alone() -> None:
@@ -153,28 +158,30 @@ def wait(works: list[Work]) -> None:
             work.wait()
 
 
-# What goes through torch's store, beside the collectives: a few bytes, for which no rank stops another.
-
-
 def count(key: str, amount: int = 0) -> int:
     """Add to a number that all ranks share, and return it. Local."""
     return _store().add(key, amount)
 
 
-def first(key: str, value: str = "") -> str:
-    """What a rank was the first to say of a key, this one with `value` if no other; empty so far. Local."""
+def agreed(key: str, value: str = "") -> str:
+    """The value that the first rank gave a key, this rank's if it had none; empty while it has none. Local."""
     return _store().compare_set(key, "", value).decode()
 
 
-def collect(key: str, value: Any) -> list[Any]:
-    """Each rank's small value, of what JSON knows, in the order of the ranks, on rank 0, which waits for them.
+def collect(value: Any) -> list[Any]:
+    """A small value of each rank, in the order of the ranks, on rank 0; elsewhere an empty list, at once.
 
-    Elsewhere empty, at once. Collective.
+    To be called by all ranks, of which rank 0 waits for the others. The value is of what JSON has.
     """
-    _store().queue_push(f"{key}/{rank()}", json.dumps(value))
+    turn = next(_turns)
+    _store().set(f"collect/{turn}/{rank()}", json.dumps(value))
     if not is_main():
         return []
-    return [json.loads(_store().queue_pop(f"{key}/{source}")) for source in range(world_size())]
+    keys = [f"collect/{turn}/{source}" for source in range(world_size())]
+    values = _store().multi_get(keys)  # not the store's queues: with several waits it wakes for the wrong one (2.13)
+    for key in keys:
+        _store().delete_key(key)
+    return list(map(json.loads, values))
 
 
 def _store() -> Any:

@@ -200,6 +200,8 @@ def _check_evaluation(path: Path, config: Config) -> None:
     for key, is_set in wanted.items():
         if is_set and not (scored.questions and scored.every):
             raise UserError(f"{path}: {key} needs evaluate.questions and evaluate.every")
+    if scored.every and not (scored.questions or scored.domain or scored.retention):
+        raise UserError(f"{path}: evaluate.every needs evaluate.questions, evaluate.domain or evaluate.retention")
     if scored.max_forgetting and not (scored.retention and any(wanted.values())):
         raise UserError(
             f"{path}: evaluate.max_forgetting needs evaluate.retention, and evaluate.patience or checkpoint.export=best"

@@ -98,11 +98,11 @@ class Meter:
         self.tokens += self._expected
 
     def read(self) -> dict[str, float]:
-        """On rank 0, metrics of the steps since the last reading, elsewhere none; then begin anew. Collective."""
+        """Metrics of the steps since the last reading; then begin anew. To be called by all ranks; rank 0 gets them."""
         mine = {**self._seconds, "host": peak_rss(), "device": _device_memory(), "node": _node()}
         steps, tokens = max(self._steps, 1), self._new_tokens
         self._clear()
-        ranks = comm.collect("meter", mine)
+        ranks = comm.collect(mine)
         if not ranks:
             return {}
         # Of one rank: where one waits for data, the others wait for it inside of their steps.

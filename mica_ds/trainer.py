@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,13 +71,10 @@ class MicaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if self.args.parallelism_config:
-            outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
-            loss = token_loss(outputs.loss)
-        else:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        heed_signals(self.state.global_step + 1)  # as late in a step as can be: on the way back the ranks meet
-        return loss
+        if not self.args.parallelism_config:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+        return token_loss(outputs.loss)
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()
@@ -107,6 +105,7 @@ class MicaTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Without the checkpoint's name: DeepSpeed would look for its own files in it, and raise.
         engine, _ = super()._prepare_for_training(max_steps, train_dataloader, None)
+        engine.step = self._heed_signals_before(engine.step)
         if self.args.parallelism_config:
             share_batches(train_dataloader, self.args.parallelism_config.sp_size)
             mask_evaluation(self._config)
@@ -124,6 +123,15 @@ class MicaTrainer(Trainer):
             # The sampler of several ranks would not hear of the epoch through the loader that skips (accelerate 1.15).
             train_dataloader.set_epoch(int(self.state.epoch))
         return engine, train_dataloader  # not the one that DeepSpeed wraps around it: see `share_batches`
+
+    def _heed_signals_before(self, update: Callable[..., None]) -> Callable[..., None]:
+        """An engine's update that begins with signals: in it the ranks meet for the last time in a step."""
+
+        def heeding(*args: Any, **kwargs: Any) -> None:
+            heed_signals(self.state.global_step + 1)
+            update(*args, **kwargs)
+
+        return heeding
 
 
 def _mean_loss(history: list[dict[str, float]], after: int) -> float | None:

@@ -96,6 +96,7 @@ def test_the_resolved_config_reads_back_to_the_same(tiny_config: Callable[..., P
         ("data.corpus=[{path: x, weight: .inf}]", "data.corpus: input should be a finite number"),
         ("adapter.r", "is not of the form key=value"),
         ("deepspeed=missing.json", "missing.json cannot be read"),
+        ("evaluate={every: 3}", "evaluate.every needs evaluate.questions, evaluate.domain or evaluate.retention"),
         ("evaluate.patience=3", "evaluate.patience needs evaluate.questions and evaluate.every"),
         ("checkpoint.export=best", "checkpoint.export=best needs evaluate.questions and evaluate.every"),
         ("evaluate.max_forgetting=1.1", "evaluate.max_forgetting needs evaluate.retention, and evaluate.patience or"),

@@ -75,7 +75,7 @@ def test_a_reading_is_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         "device": 7 << 30,
         "node": {"system/n2/cpu_utilization_percentage": 9.0},
     }
-    monkeypatch.setattr(meter.comm, "collect", lambda key, mine: [mine, other])
+    monkeypatch.setattr(meter.comm, "collect", lambda mine: [mine, other])
     cuda = {"is_available": True, "get_device_name": "NVIDIA A10", "max_memory_allocated": 5 << 30}
     for name, value in {**cuda, "mem_get_info": (1 << 30, 4 << 30), "current_device": 0}.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)

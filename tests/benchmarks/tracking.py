@@ -9,7 +9,7 @@ mount one that can be filled); and the same of MLflow's own client, to the healt
 real one is shorter, and logs three metrics.
 
 Then the same of all that is done for a log entry, in a real training on two ranks of one thread: SmolLM2-135M, a
-sequence of 256 tokens a rank and step. It gathers from all ranks: waiting for the slower one is in its time.
+sequence of 256 tokens a rank and step. Rank 0 waits for what the slower one has measured: that is in its time.
 """
 
 import argparse

@@ -335,7 +335,7 @@ def test_with_all_on_nvme(config: Path, tmp_path: Path) -> None:
     settings += ["evaluate.questions=null", "evaluate.retention=null"]
     assert whole.train(2, *settings).codes == [0, 0]
     settings += [f"deepspeed={write_nvme_settings(tmp_path, 4_000_000)}"]
-    assert stopped.train(2, *settings, signal=[signal.SIGUSR1, 4]).codes == [os.EX_TEMPFAIL] * 2
+    assert stopped.train(2, *settings, signal_in_backward=[signal.SIGUSR1, 4]).codes == [os.EX_TEMPFAIL] * 2
     assert stopped.checkpoints() == ["step-000004"]
     swapped = tmp_path / "zero_stage_3"
     shutil.rmtree(swapped)
@@ -388,7 +388,7 @@ def test_a_job_that_slurm_starts_again_goes_on_from_its_own(
 ) -> None:
     other.take(reference, 7)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    stopped = other.train(2, "resume=never", signal=[signal.SIGTERM, 2])
+    stopped = other.train(2, "resume=never", signal_in_update=[signal.SIGTERM, 1])  # too late for this step's end
     assert stopped.codes == [os.EX_TEMPFAIL] * 2, stopped.output
     assert other.checkpoints() == ["step-000001", "step-000002"]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
