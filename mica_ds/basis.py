@@ -180,7 +180,7 @@ def _solve_one(
         solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
     except solver.NotFiniteError:
         raise UserError(f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again") from None
-    stored = (W.T if matrix.is_transposed else W).reshape(-1)
+    stored = (on_device.T if matrix.is_transposed else on_device).reshape(-1)
     fingerprint = describe(matrix, stored.dtype, int(mixed_sum(stored, 0)))
     write_basis(folder, matrix, solution, wanted, fingerprint, time.perf_counter() - started, "ship")
     return {matrix.name: fingerprint}

@@ -123,16 +123,12 @@ def _cholesky_inverse(G_KK: torch.Tensor, largest: float) -> Operator:
     """X → (G + δ)⁻¹ X; G is factored when it is first needed."""
 
     @functools.cache
-    def factored() -> torch.Tensor:
+    def factored() -> Operator:
         # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
         G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
-        return symmetric.cholesky(G_KK)
+        return symmetric.inverse(G_KK)
 
-    def inverse(X: torch.Tensor) -> torch.Tensor:
-        Y = torch.linalg.solve_triangular(factored(), X, upper=False)
-        return torch.linalg.solve_triangular(factored().T, Y, upper=True)
-
-    return inverse
+    return lambda X: factored()(X)
 
 
 def _lu_inverse(T_KK: torch.Tensor) -> Operator:
@@ -229,6 +225,8 @@ def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
         yield T_KL
         return
     k = len(T_KL)
+    if not symmetric.on_host(T_KL):  # no cache to stay in: few large kernels
+        entries *= 16
     size = max(128, entries // k)
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
     shape = (k, size) if T_KL.stride(1) == 1 else (size, k)

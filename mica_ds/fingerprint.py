@@ -42,14 +42,18 @@ def label(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 def mixed_sum(values: torch.Tensor, start: int) -> torch.Tensor:
     """A sum, modulo 2⁶⁴, of each element's bits times an odd weight of its place in the whole matrix. Local."""
     integers = {2: torch.int16, 4: torch.int32}[values.element_size()]
-    weights = _weights()
-    total = torch.zeros((), dtype=torch.int64)
+    weights = _weights().to(values.device)
+    at_once = 1 if values.device.type == "cpu" else 256  # a core's cache holds one row, and is as fast with no more
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
     done = 0
     while done < len(values):
-        chunk, place = divmod(start + done, len(weights))
-        bits = values[done : done + len(weights) - place].view(integers)
-        done += len(bits)
-        total += (bits * weights[place : place + len(bits)]).sum() * _mix(torch.tensor(chunk + 1))
+        row, place = divmod(start + done, len(weights))
+        rows = min(at_once, (len(values) - done) // len(weights)) if place == 0 else 0
+        end = done + (rows * len(weights) if rows else len(weights) - place)
+        bits = values[done:end].view(integers).view(max(rows, 1), -1)
+        sums = (bits * weights[place : place + bits.shape[1]]).sum(dim=1)
+        total += (sums * _mix(torch.arange(row + 1, row + 1 + len(sums), device=values.device))).sum()
+        done += bits.numel()
     return total
 
 

@@ -222,7 +222,8 @@ def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unco
 
 
 def _rayleigh_ritz(X_KQ: torch.Tensor, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, keep: int) -> _Ritz:
-    sigma, V_QQ = torch.linalg.svd(torch.linalg.qr(Y_LQ, mode="r").R)[1:]
+    R_QQ = torch.linalg.qr(Y_LQ, mode="r").R.cpu()  # a GPU takes longer for so small an SVD
+    sigma, V_QQ = (found.to(X_KQ.device) for found in torch.linalg.svd(R_QQ)[1:])
     rotation = V_QQ.T[:, -keep:]
     return _Ritz(X_KQ @ rotation, Y_LQ @ rotation, Z_KQ @ rotation, sigma[-keep:])
 

@@ -4,6 +4,8 @@ On the host scipy's OpenBLAS beats torch's MKL for these, and takes half the mem
 Shapes: G (K, K), column-major on the host, as `zeros` makes it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -39,14 +41,24 @@ def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scipy.linalg.blas.dsymm(1.0, G_KK.numpy(), X_KQ.numpy(), lower=True))
 
 
-def cholesky(G_KK: torch.Tensor) -> torch.Tensor:
-    """L with L Lᵀ = G; on the host in G's own memory. Raises: LinAlgError where G is not positive definite."""
+def inverse(G_KK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """X → G⁻¹ X by Cholesky; on the host in G's own memory. Raises: LinAlgError where G is not positive definite."""
     if not on_host(G_KK):
-        return torch.linalg.cholesky(G_KK)
-    L_KK, failed = scipy.linalg.lapack.dpotrf(G_KK.numpy(), lower=True, overwrite_a=True, clean=False)
+        L_KK = torch.linalg.cholesky(G_KK)
+        # A triangular solve of few columns leaves a GPU idle, row after row: the factor is inverted, once.
+        identity_KK = torch.eye(len(G_KK), dtype=G_KK.dtype, device=G_KK.device)
+        inverse_KK = torch.linalg.solve_triangular(L_KK, identity_KK, upper=False)
+        return lambda X_KQ: inverse_KK.T @ (inverse_KK @ X_KQ)
+    factor, failed = scipy.linalg.lapack.dpotrf(G_KK.numpy(), lower=True, overwrite_a=True, clean=False)
     if failed:
         raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
-    return torch.from_numpy(L_KK)
+    lower_KK = torch.from_numpy(factor)
+
+    def solve(X_KQ: torch.Tensor) -> torch.Tensor:
+        Y_KQ = torch.linalg.solve_triangular(lower_KK, X_KQ, upper=False)
+        return torch.linalg.solve_triangular(lower_KK.T, Y_KQ, upper=True)
+
+    return solve
 
 
 def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ Rows:
     llama8b                             the 7 matrices of a Llama-3-8B layer from a file, on 2 ranks and on 1
     llama70b                            the same of a Llama-3-70B layer, with the memory of a rank, and the schedule of
                                         the whole model on 2 to 1024 ranks, by rates of work measured on the spot
+    gpu                                 on one GPU, against torch's SVD there: the three single matrices, and the layers
+                                        of both from a file; not among the rows that run unless they are asked for
 """
 
 import argparse
@@ -50,6 +52,8 @@ def llama_layer(hidden: int, key_value: int, intermediate: int) -> dict[str, Sha
     return {name: (out, hidden) for name, out in attention.items()} | mlp
 
 
+SINGLE: dict[Shape, float] = {(4096, 4096): 10, (14336, 4096): 5, (4096, 14336): 5}
+"""The matrices that are solved alone, and how many times faster than the SVD they have to be."""
 LLAMA_8B = llama_layer(4096, 1024, 14336)
 LLAMA_70B = llama_layer(8192, 1024, 28672)
 
@@ -82,9 +86,11 @@ def timed(work: Callable[..., object], prepare: Callable[[], tuple[Any, ...]] = 
     best = float("inf")
     for _ in range(runs):
         arguments = prepare()
+        settle()
         comm.barrier()
         started = time.perf_counter()
         work(*arguments)
+        settle()
         seconds = max(comm.gather(time.perf_counter() - started))
         best = min(best, seconds)
         if seconds >= LONG:
@@ -92,16 +98,29 @@ def timed(work: Callable[..., object], prepare: Callable[[], tuple[Any, ...]] = 
     return best
 
 
+def settle() -> None:
+    """Wait for what the GPU still has to do. Local."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def stock_svd(W_MN: torch.Tensor) -> torch.Tensor:
     """What peft calls for each weight."""
     return torch.linalg.svd(W_MN.float(), full_matrices=False)[0]
 
 
-def time_matrix(_: Path, out: int, into: int) -> Found:
-    """Ours, the SVD and the floors of one fp32 matrix."""
-    W = trained_like((out, into), seed=0).float()
+def time_matrix(_: Path, out: int, into: int, place: str) -> Found:
+    """Ours, the SVD and the floors of one fp32 matrix, on the CPU or on the GPU."""
+    W = trained_like((out, into), seed=0).float().to(place)
     ours = timed(lambda: solver.solve(W, R))
-    return {"ours": ours, "svd": timed(lambda: stock_svd(W)), "floors": time_floors(W)}
+    floors = time_floors(W) if place == "cpu" else {"Gram and Cholesky": timed(lambda: gram_cholesky(W))}
+    return {"ours": ours, "svd": timed(lambda: stock_svd(W)), "floors": floors}
+
+
+def gram_cholesky(W_MN: torch.Tensor) -> torch.Tensor:
+    """The floor on a GPU, by torch and in fp64."""
+    T_KL = (W_MN if W_MN.shape[0] <= W_MN.shape[1] else W_MN.T).double()
+    return torch.linalg.cholesky(T_KL @ T_KL.T)
 
 
 def time_floors(W_MN: torch.Tensor) -> dict[str, float]:
@@ -159,13 +178,23 @@ def time_layer(folder: Path, file: str, other: str = "") -> Found:
     found: Found = {"ours": timed(build, new_caches(folder)), "loaded": loaded}
     found |= {"peak": comm.gather(memory("VmHWM")), "matrices": records(folder)}
     if other == "svd":
-        weights = load_file(file).values()
+        weights = load_file(file, device="cuda" if torch.cuda.is_available() else "cpu").values()
         found["svd"] = timed(lambda: [stock_svd(W) for W in weights])  # all of them on every rank, as in peft
     if other == "schedule":
         rates = measure_rates()
         found |= {"rates": rates, "predicted": simulate(1, comm.world_size(), rates)["seconds"]}
         found["schedule"] = [simulate(80, 1 << doublings, rates) for doublings in range(1, 11)]
     return found
+
+
+def time_gpu(folder: Path) -> Found:
+    """All that the row `gpu` compares, in one process, whose GPU is warm then."""
+    W = trained_like((1536, 768), seed=0).cuda()
+    solver.solve(W, R)
+    stock_svd(W)
+    found = {f"{shape}": time_matrix(folder, *shape, place="cuda") for shape in SINGLE}
+    layers = [folder / "8B", folder / "70B"]
+    return found | {layer.name: time_layer(layer, str(layer / "layer.safetensors"), other="svd") for layer in layers}
 
 
 def new_caches(folder: Path) -> Callable[[], tuple[Path]]:
@@ -227,7 +256,9 @@ def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
     return {**found, "bytes": sum(received), "most_received": max(received)}
 
 
-WORKS: dict[str, Callable[..., Found]] = {work.__name__: work for work in (time_matrix, time_smollm2, time_layer)}
+WORKS: dict[str, Callable[..., Found]] = {
+    work.__name__: work for work in (time_matrix, time_smollm2, time_layer, time_gpu)
+}
 
 
 def run_rank(work: str, folder: Path, arguments: Found) -> None:
@@ -251,15 +282,20 @@ def run_rank(work: str, folder: Path, arguments: Found) -> None:
 def one_matrix(shape: Shape, at_least: float, folder: Path) -> tuple[list[Row], Found]:
     rows, details = [], {}
     for threads in sorted({1, CORES}):
-        found = run_ranks(__file__, time_matrix, folder, 1, threads, out=shape[0], into=shape[1])
-        work, layout = f"{shape[0]} x {shape[1]}", f"1 x {threads}"
-        floor, seconds = min(found["floors"].items(), key=lambda item: item[1])
-        rows += [
-            Row(work, "torch.linalg.svd", layout, found["ours"], found["svd"], at_least=at_least),
-            Row(work, f"floor: {floor}", layout, found["ours"], seconds, at_most=1.6),
-        ]
+        layout = f"1 x {threads}"
+        found = run_ranks(__file__, time_matrix, folder, 1, threads, out=shape[0], into=shape[1], place="cpu")
+        rows += rows_of_matrix(shape, layout, found, at_least)
         details[layout] = found
     return rows, details
+
+
+def rows_of_matrix(shape: Shape, layout: str, found: Found, at_least: float) -> list[Row]:
+    work = f"{shape[0]} x {shape[1]}"
+    floor, seconds = min(found["floors"].items(), key=lambda item: item[1])
+    return [
+        Row(work, "torch.linalg.svd", layout, found["ours"], found["svd"], at_least=at_least),
+        Row(work, f"floor: {floor}", layout, found["ours"], seconds, at_most=1.6),
+    ]
 
 
 def smollm2(folder: Path) -> tuple[list[Row], Found]:
@@ -290,6 +326,21 @@ def llama70b(folder: Path) -> tuple[list[Row], Found]:
     return rows, found
 
 
+def gpu(folder: Path) -> tuple[list[Row], Found]:
+    layers = {"8B": LLAMA_8B, "70B": LLAMA_70B}
+    for name, shapes in layers.items():
+        (folder / name).mkdir()
+        write_layer(shapes, folder / name)
+    found = run_ranks(__file__, time_gpu, folder, 1, CORES)
+    rows = [
+        row for shape, at_least in SINGLE.items() for row in rows_of_matrix(shape, "1 GPU", found[f"{shape}"], at_least)
+    ]
+    for name in layers:
+        layer = found[name]
+        rows.append(Row(f"Llama-3-{name} layer", "torch.linalg.svd", "1 GPU", layer["ours"], layer["svd"], at_least=10))
+    return rows, found
+
+
 def write_layer(shapes: dict[str, Shape], folder: Path) -> str:
     """A layer's weights in bf16 as a safetensors file."""
     file = folder / "layer.safetensors"
@@ -298,14 +349,13 @@ def write_layer(shapes: dict[str, Shape], folder: Path) -> str:
     return str(file)
 
 
-ROWS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {
-    "4096x4096": functools.partial(one_matrix, (4096, 4096), 10),
-    "14336x4096": functools.partial(one_matrix, (14336, 4096), 5),
-    "4096x14336": functools.partial(one_matrix, (4096, 14336), 5),
+ON_CPUS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {
+    **{f"{shape[0]}x{shape[1]}": functools.partial(one_matrix, shape, at_least) for shape, at_least in SINGLE.items()},
     "smollm2": smollm2,
     "llama8b": llama8b,
     "llama70b": llama70b,
 }
+ROWS = {**ON_CPUS, "gpu": gpu}
 
 
 def print_schedule(schedule: list[Found]) -> None:
@@ -319,7 +369,7 @@ def print_schedule(schedule: list[Found]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ON_CPUS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the same figures, and more, as JSON")
     parser.add_argument("--as-rank", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

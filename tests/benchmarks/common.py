@@ -86,7 +86,8 @@ def run_ranks(script: str, work: Callable[..., Any], folder: Path, ranks: int, t
 def describe_machine() -> Found:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": cpu, "cores": CORES, "torch": torch.__version__, "scipy": scipy.__version__}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"cpu": cpu, "cores": CORES, **gpu, "torch": torch.__version__, "scipy": scipy.__version__}
 
 
 def say(message: str) -> None:

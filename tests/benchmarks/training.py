@@ -12,7 +12,12 @@ stock's run once more, and the better run counts.
 The first 3 steps are not timed: in two of them DeepSpeed records the order of the modules, and in the third the
 collectives are counted, with the bytes of the whole tensors. Then 8 are timed; the peak of memory is theirs.
 
-Rows: float32, bfloat16
+Rows:
+    float32, bfloat16   as above
+    gpu                 one rank on a GPU: half the layers of Llama-3.1-8B, random, by `configs/llama-3.1-8b.yaml`, in
+                        4 sequences of 4096 tokens of the same documents. Each arm runs once, the peak is the GPU's, and
+                        stock's threshold is `auto` alone: one rank gathers nothing. Not among the rows that run unless
+                        they are asked for
 """
 
 import argparse
@@ -28,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from common import GIB, ROOT, Found, Row, console, memory, print_rows, reset_peak, run_ranks, write_json
 from rich.table import Table
@@ -36,10 +42,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 sys.path.append(str(ROOT))
 from tests.collectives import KINDS, Collectives
 
-RANKS = 2
+BATCH = 4  # sequences a rank
 SKIPPED, TIMED = 3, 8
 DEEPSPEED = ROOT / "configs/deepspeed/zero3.json"
-STOCK = [(method, threshold) for method in ("lora", "mica") for threshold in (0, "auto", "default")]
+# The ranks of each row, the tokens of a sequence, and stock's thresholds.
+LAYOUTS: dict[str, tuple[int, int, tuple[int | str, ...]]] = {
+    "float32": (2, 256, (0, "auto", "default")),
+    "bfloat16": (2, 256, (0, "auto", "default")),
+    "gpu": (1, 4096, ("auto",)),
+}
 
 
 # What rank processes run. What imports DeepSpeed is imported inside, once the environment is set.
@@ -60,48 +71,77 @@ class Meter(TrainerCallback):
             self._collectives.__enter__()
         if state.global_step == SKIPPED:
             self._collectives.__exit__(None, None, None)
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             reset_peak()
         if state.global_step >= SKIPPED:
             self._times.append(time.perf_counter())
         if state.global_step == SKIPPED + TIMED:  # the last step, which is not timed: ours saves a checkpoint in it
             self.found = {
                 "seconds": [end - start for start, end in itertools.pairwise(self._times)],
-                "peak": memory("VmHWM"),
+                "peak": torch.cuda.max_memory_allocated() or memory("VmHWM"),
                 "calls": self._collectives.calls,
                 "bytes": self._collectives.bytes,
                 "loss": [entry["loss"] for entry in state.log_history if "loss" in entry],
             }
 
 
-def settings(folder: Path, dtype: str) -> Any:
+def settings(folder: Path, row: str) -> Any:
     """The config of both sides."""
     from mica_ds.config import load_config
 
+    ranks, length, _ = LAYOUTS[row]
+    is_gpu = row == "gpu"
     overrides = {
-        "model.path": ROOT / "models/smollm2-135m",
-        "model.dtype": dtype,
-        "data.sequence_length": 256,
-        "data.global_batch": 4 * RANKS,
+        "model.path": folder / "model" if is_gpu else ROOT / "models/smollm2-135m",
+        "model.dtype": "bfloat16" if is_gpu else row,
+        "data.corpus": "[configs/demonstration/handbook]",
+        "data.replay": "[configs/demonstration/replay.jsonl]",
+        "data.sequence_length": length,
+        "data.global_batch": BATCH * ranks,
         "evaluate.questions": "null",
         "evaluate.retention": "null",
         "train.max_steps": SKIPPED + TIMED + 1,
         "train.save_steps": 1000,
         "deepspeed": DEEPSPEED,
         "tracking.uri": f"sqlite:///{folder}/mlflow.db",
-        "output_dir": folder / dtype,
+        "output_dir": folder / row,
     }
-    return load_config(ROOT / "configs/demonstration.yaml", [f"{key}={value}" for key, value in overrides.items()])
+    file = ROOT / "configs" / ("llama-3.1-8b.yaml" if is_gpu else "demonstration.yaml")
+    return load_config(file, [f"{key}={value}" for key, value in overrides.items()])
 
 
-def compute_bases(folder: Path, dtype: str) -> None:
-    """Fill the cache."""
+def make_model(folder: Path, row: str) -> None:
+    """Half of the layers of Llama-3.1-8B, random, with SmolLM2's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from mica_ds import comm
+
+    comm.start()
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    }
+    config = LlamaConfig(vocab_size=128256, num_hidden_layers=16, dtype=torch.bfloat16, **sizes)
+    with torch.device("cuda"):
+        LlamaForCausalLM._from_config(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(ROOT / "models/smollm2-135m").save_pretrained(folder / "model")
+
+
+def compute_bases(folder: Path, row: str) -> Found:
+    """Fill the cache from the checkpoint's files."""
     from mica_ds import comm, recipe
 
     comm.start()
-    recipe.basis(settings(folder, dtype))
+    config = settings(folder, row)
+    recipe.basis(config)
+    return {"attached": json.loads((config.output_dir / "basis" / "manifest.json").read_text())["seconds"]}
 
 
-def train_ours(folder: Path, dtype: str) -> Found:
+def train_ours(folder: Path, row: str) -> Found:
     from mica_ds import comm
     from mica_ds.adapter import attach_adapter, first_factors, target_modules
     from mica_ds.arguments import accumulation_steps, training_arguments
@@ -116,7 +156,7 @@ def train_ours(folder: Path, dtype: str) -> Found:
     from mica_ds.trainer import build_trainer
 
     comm.start()
-    config, meter = settings(folder, dtype), Meter()
+    config, meter = settings(folder, row), Meter()
     args = training_arguments(config, accumulation_steps(config, comm.world_size()))
     tokenizer = load_tokenizer(config.model)
     dataset = build_dataset(config.data, tokenizer, args.seed)
@@ -137,8 +177,8 @@ def train_ours(folder: Path, dtype: str) -> Found:
     return meter.found
 
 
-def train_stock(folder: Path, dtype: str, method: str, threshold: int | str) -> Found:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+def train_stock(folder: Path, row: str, method: str, threshold: int | str) -> Found:
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
     import deepspeed
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
@@ -146,42 +186,43 @@ def train_stock(folder: Path, dtype: str, method: str, threshold: int | str) -> 
     from mica_ds.config import read_deepspeed
     from mica_ds.data import build_dataset
 
-    deepspeed.init_distributed(dist_backend="gloo")
-    config, meter = settings(folder, dtype), Meter()
+    deepspeed.init_distributed(dist_backend="nccl" if row == "gpu" else "gloo")
+    config, meter = settings(folder, row), Meter()
     zero = read_deepspeed(config)
     del zero["zero_optimization"]["stage3_param_persistence_threshold"]
     if threshold != "default":
         zero["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     args = TrainingArguments(
-        **config.train,
+        **{**config.train, "save_strategy": "no"},
         output_dir=str(folder / "stock"),
-        save_strategy="no",
         deepspeed=zero,
-        bf16=dtype == "bfloat16",
-        use_cpu=True,
+        bf16=config.model.dtype == "bfloat16",
+        use_cpu=row != "gpu",
         report_to="mlflow",
         label_names=["labels"],
     )
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     dataset = build_dataset(config.data, tokenizer, args.seed)
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=config.model.dtype)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.adapter.r,
         lora_alpha=config.adapter.alpha,
-        target_modules="all-linear",
+        target_modules=config.adapter.targets,
         init_lora_weights="mica" if method == "mica" else True,
     )
+    started = time.perf_counter()
     model = get_peft_model(model, lora)
+    attached = time.perf_counter() - started
     trainer = Trainer(
         model=model, args=args, train_dataset=dataset, data_collator=default_data_collator, callbacks=[meter]
     )
     trainer.train()
-    return meter.found
+    return {**meter.found, "attached": attached}
 
 
 WORKS: dict[str, Callable[..., Found | None]] = {
-    work.__name__: work for work in (compute_bases, train_ours, train_stock)
+    work.__name__: work for work in (make_model, compute_bases, train_ours, train_stock)
 }
 
 
@@ -190,7 +231,7 @@ def run_rank(work: str, folder: Path, arguments: Found) -> None:
     code = 0
     try:
         found = WORKS[work](folder, **arguments)
-        everyone: list[Any] = [None] * RANKS
+        everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         if dist.get_rank() == 0:
             (folder / "found.json").write_text(json.dumps(everyone))
@@ -205,11 +246,12 @@ def run_rank(work: str, folder: Path, arguments: Found) -> None:
 # What the command does.
 
 
-def run_arm(work: Callable[..., Found], folder: Path, **arguments: Any) -> Found:
+def run_arm(work: Callable[..., Found], folder: Path, row: str, **arguments: Any) -> Found:
     """The figures of one arm: the slowest rank's times, and the largest peak."""
-    ranks = run_ranks(__file__, work, folder, RANKS, 1, **arguments)
+    number, length, _ = LAYOUTS[row]
+    ranks = run_ranks(__file__, work, folder, number, 1, row=row, **arguments)
     slowest = max(ranks, key=lambda found: sum(found["seconds"]))
-    tokens = RANKS * 4 * 256 * TIMED
+    tokens = number * BATCH * length * TIMED
     return {**slowest, "peak": max(found["peak"] for found in ranks), "rate": tokens / sum(slowest["seconds"])}
 
 
@@ -219,28 +261,37 @@ def better(first: Found, second: Found) -> Found:
     return {**best, "rates": [first["rate"], second["rate"]], "peak": min(first["peak"], second["peak"])}
 
 
-def compare(dtype: str, folder: Path) -> tuple[list[Row], Found]:
-    run_ranks(__file__, compute_bases, folder, RANKS, 1, dtype=dtype)
-    ours = functools.partial(run_arm, train_ours, folder, dtype=dtype)
+def compare(row: str, folder: Path) -> tuple[list[Row], Found]:
+    ranks, _, thresholds = LAYOUTS[row]
+    if row == "gpu":
+        run_ranks(__file__, make_model, folder, ranks, 1, row=row)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    bases = run_ranks(__file__, compute_bases, folder, ranks, 1, row=row)
+    ours = functools.partial(run_arm, train_ours, folder, row)
     stock = {
-        (method, threshold): functools.partial(
-            run_arm, train_stock, folder, dtype=dtype, method=method, threshold=threshold
-        )
-        for method, threshold in STOCK
+        (method, threshold): functools.partial(run_arm, train_stock, folder, row, method=method, threshold=threshold)
+        for method in ("lora", "mica")
+        for threshold in thresholds
     }
     found = {("ours", ""): ours()}
     found |= {key: arm() for key, arm in stock.items()}
-    found["ours", ""] = better(found["ours", ""], ours())
+    if row != "gpu":
+        found["ours", ""] = better(found["ours", ""], ours())
     rows = []
     for method in ("lora", "mica"):
         arms = [key for key in stock if key[0] == method]
         fastest = max(arms, key=lambda key: found[key]["rate"])
-        found[fastest] = better(found[fastest], stock[fastest]())
-        rows += rows_against(dtype, found["ours", ""], {key[1]: found[key] for key in arms}, method)
+        if row != "gpu":
+            found[fastest] = better(found[fastest], stock[fastest]())
+        rows += rows_against(row, found["ours", ""], {key[1]: found[key] for key in arms}, method)
+    if row == "gpu":
+        seconds, stocks = bases[0]["attached"], found["mica", "auto"]["attached"]
+        rows.append(Row("gpu: bases", "peft's mica", "1 x 1", seconds, stocks))
     return rows, {" ".join(map(str, key)).strip(): figures for key, figures in found.items()}
 
 
-def rows_against(dtype: str, ours: Found, stock: Found, method: str) -> list[Row]:
+def rows_against(name: str, ours: Found, stock: Found, method: str) -> list[Row]:
     """Ours against the best of stock's thresholds in each respect."""
 
     def calls(arm: Found) -> float:
@@ -252,18 +303,16 @@ def rows_against(dtype: str, ours: Found, stock: Found, method: str) -> list[Row
     def peak(arm: Found) -> float:
         return arm["peak"] / GIB
 
-    against, layout = f"peft's {method}", f"{RANKS} x 1"
+    against, layout = f"peft's {method}", f"{LAYOUTS[name][0]} x 1"
     rate = max(arm["rate"] for arm in stock.values())
-    rows = [Row(f"{dtype}: speed", against, layout, ours["rate"], rate, at_least=1, unit="tokens/s")]
+    rows = [Row(f"{name}: speed", against, layout, ours["rate"], rate, at_least=1, unit="tokens/s")]
     for work, measure, unit in (("collectives", calls, "a step"), ("moved", gib, "GiB a step"), ("peak", peak, "GiB")):
         least = min(map(measure, stock.values()))
-        rows.append(Row(f"{dtype}: {work}", against, layout, measure(ours), least, at_most=1, unit=unit))
+        rows.append(Row(f"{name}: {work}", against, layout, measure(ours), least, at_most=1, unit=unit))
     return rows
 
 
-ROWS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {
-    dtype: functools.partial(compare, dtype) for dtype in ("float32", "bfloat16")
-}
+ROWS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {row: functools.partial(compare, row) for row in LAYOUTS}
 
 
 def print_arms(dtype: str, arms: Found) -> None:
@@ -277,7 +326,9 @@ def print_arms(dtype: str, arms: Found) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=["float32", "bfloat16"], metavar="ROW", help=", ".join(ROWS)
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the same figures, and more, as JSON")
     parser.add_argument("--as-rank", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

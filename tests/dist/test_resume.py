@@ -17,6 +17,7 @@ import transformers
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from launch.reload_adapter import main as reload_adapter
 from mica_ds.config import load_config
 from mica_ds.files import file_hash
 from mica_ds.journal import Journal, Reader
@@ -181,6 +182,9 @@ def test_the_same_losses(
     assert other.seen() == reference.seen()
     assert other.losses() == pytest.approx(plain, rel=1e-4 if dtype == "float32" else 1e-2)
     assert other.checkpoints() == [f"step-{STEPS:06d}"]
+    assert reload_adapter(other.folder) == 0
+    if offload == "nvme":
+        assert list(tmp_path.glob("zero_stage_3/**/*.swp")), "nothing was offloaded to the disk"
 
 
 def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -> None:
