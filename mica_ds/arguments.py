@@ -52,8 +52,10 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
         )
     check_zero(config.deepspeed)
     deepspeed = read_deepspeed(config)
-    if "offload_optimizer" in deepspeed["zero_optimization"]:
-        process.require_compiler()
+    zero = deepspeed["zero_optimization"]
+    is_on_nvme = any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
+    if "offload_optimizer" in zero or is_on_nvme:
+        process.require_compiler(is_on_nvme)
     try:
         arguments = TrainingArguments(
             **_arguments(config),

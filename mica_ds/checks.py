@@ -97,7 +97,7 @@ def compiled_ops(config: Config) -> str:
         builders.append(AsyncIOBuilder())
     for builder in builders:
         try:
-            process.require_compiler()
+            process.require_compiler(isinstance(builder, AsyncIOBuilder))
             builder.load(verbose=False)
         except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
             lines = str(error).strip().splitlines()

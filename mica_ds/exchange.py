@@ -62,14 +62,14 @@ def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") 
 def choose_device(matrix: Matrix, asked: str = "auto") -> torch.device:
     """Where the owner solves a matrix that was shipped to it: on its GPU, if that pays, or on its CPU. Local.
 
-    It pays where fp64 runs at half the speed of fp32, and there is room for W, its Gram, the factor with its inverse,
-    and the blocks.
+    It pays where fp64 runs at half the speed of fp32, and there is room for W, the blocks, and for the whole solve that
+    may take over: the Gram before and its inverse factor, the Gram, its eigenvectors and cuSOLVER's workspace.
     """
     host = torch.device("cpu")
     if asked == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability() not in _FAST_FP64:
         return host
     k, long = min(matrix.shape), max(matrix.shape)
-    needed = 4 * k * long + 4 * 8 * k * k + (1 << 30)
+    needed = 4 * k * long + 8 * 8 * k * k + (1 << 30)
     return torch.device("cuda") if needed <= torch.cuda.mem_get_info()[0] else host
 
 

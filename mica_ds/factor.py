@@ -227,7 +227,7 @@ def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
     k = len(T_KL)
     if not symmetric.on_host(T_KL):  # no cache to stay in: few large kernels
         entries *= 16
-    size = max(128, entries // k)
+    size = min(max(128, entries // k), T_KL.shape[1])
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
     shape = (k, size) if T_KL.stride(1) == 1 else (size, k)
     buffer = torch.empty(shape, dtype=torch.float64, device=T_KL.device)

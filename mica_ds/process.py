@@ -94,11 +94,20 @@ def _lists_gpus() -> bool:
         return False
 
 
-def require_compiler() -> None:
-    """Raise a UserError where DeepSpeed could not compile its C++ ops. Local."""
+def require_compiler(for_nvme: bool = False) -> None:
+    """Raise a UserError where DeepSpeed could not compile its C++ ops, or the one for NVMe beside a GPU. Local."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserError(f"no C++ compiler ({compiler}) on {socket.gethostname()}; DeepSpeed compiles ops: install g++")
+    if not for_nvme or not torch.cuda.is_available():
+        return
+    from torch.utils.cpp_extension import CUDA_HOME  # which takes time to find out
+
+    if CUDA_HOME is None:
+        raise UserError(
+            f"no CUDA toolkit on {socket.gethostname()}; DeepSpeed compiles its NVMe offload against it: install the "
+            "one of torch's version, or set CUDA_HOME to it"
+        )
 
 
 def load_deepspeed(is_quiet: bool) -> None:

@@ -98,3 +98,17 @@ def test_gpus_that_torch_does_not_see_are_no_reason_to_train_on_the_cpu(
             process.require_no_gpu()
     else:
         process.require_no_gpu()
+
+
+@pytest.mark.parametrize(("has_gpu", "toolkit"), [(False, None), (True, "/usr/local/cuda"), (True, None)])
+def test_nvme_beside_a_gpu_needs_the_toolkit(
+    has_gpu: bool, toolkit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", toolkit)
+    process.require_compiler()
+    if has_gpu and not toolkit:
+        with pytest.raises(UserError, match=r"no CUDA toolkit on .* set CUDA_HOME to it"):
+            process.require_compiler(for_nvme=True)
+    else:
+        process.require_compiler(for_nvme=True)

@@ -15,15 +15,14 @@ Rows:
     llama8b                             the 7 matrices of a Llama-3-8B layer from a file, on 2 ranks and on 1
     llama70b                            the same of a Llama-3-70B layer, with the memory of a rank, and the schedule of
                                         the whole model on 2 to 1024 ranks, by rates of work measured on the spot
-    gpu                                 on one GPU, against torch's SVD there: the three single matrices, and the layers
-                                        of both from a file; not among the rows that run unless they are asked for
+    gpu                                 on one GPU with fp64 units, against torch's SVD there: the three single
+                                        matrices, and the layers of both from a file; only where it is asked for
 """
 
 import argparse
 import functools
 import itertools
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +31,21 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
-from common import CORES, GIB, ROOT, Found, Row, console, memory, print_rows, reset_peak, run_ranks, say, write_json
+from common import (
+    CORES,
+    GIB,
+    ROOT,
+    Found,
+    Row,
+    console,
+    memory,
+    print_rows,
+    reset_peak,
+    run_ranks,
+    run_row,
+    say,
+    write_json,
+)
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
@@ -379,8 +392,7 @@ def main() -> None:
     rows: list[Row] = []
     details: Found = {}
     for name in options.only:
-        with tempfile.TemporaryDirectory() as temporary:
-            found, details[name] = ROWS[name](Path(temporary))
+        found, details[name] = run_row(name, ROWS[name])
         rows += found
     print_rows(rows)
     if "llama70b" in details:

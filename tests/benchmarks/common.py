@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import scipy
 import torch
@@ -81,6 +83,13 @@ def run_ranks(script: str, work: Callable[..., Any], folder: Path, ranks: int, t
         for process in processes:
             process.kill()
     return json.loads((folder / "found.json").read_text())
+
+
+def run_row(name: str, row: Callable[[Path], tuple[list[Row], Found]]) -> tuple[list[Row], Found]:
+    """The figures of a row, in a folder of its own. GPUs are hidden from all but the row `gpu`."""
+    hiding = {} if name == "gpu" else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, hiding):
+        return row(Path(folder))
 
 
 def describe_machine() -> Found:

@@ -1,11 +1,13 @@
 """Training on one GPU: it gives what the CPU gives, with and without offload, and goes on with what that has saved."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from mica_ds.fingerprint import mixed_sum
 
@@ -27,16 +29,10 @@ def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment that hides the GPU. DeepSpeed would compile its ops for the CPU over those for the GPU."""
-    return {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(tmp_path_factory.mktemp("ops"))}
-
-
-@pytest.fixture(scope="module")
-def on_the_cpu(config: Path, without_gpu: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def on_the_cpu(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run on two ranks without a GPU."""
     run = Run(config, tmp_path_factory.mktemp("cpu") / "run")
-    train(run, 2, f"deepspeed={PLAIN}", **without_gpu)
+    train(run, 2, f"deepspeed={PLAIN}", DS_ACCELERATOR="cpu")
     return run
 
 
@@ -51,14 +47,17 @@ def train(run: Run, ranks: int, *overrides: str, **variables: str) -> None:
 def test_the_same_as_on_the_cpu(offload: str, dtype: str, config: Path, on_the_cpu: Run, tmp_path: Path) -> None:
     deepspeed = PLAIN if offload == "none" else PLAIN.with_name("zero3-offload-cpu.json")
     if offload == "nvme":
+        if CUDA_HOME is None:
+            pytest.skip("install CUDA's toolkit: DeepSpeed compiles its NVMe offload against it")
         deepspeed = write_nvme_settings(tmp_path, 4_000_000)
     run = Run(config, tmp_path / "run")
-    train(run, 1, f"deepspeed={deepspeed}", f"model.dtype={dtype}")
+    # A cache of its own: the base model's scores would come from there.
+    train(run, 1, f"deepspeed={deepspeed}", f"model.dtype={dtype}", f"data.cache={tmp_path}/tokens")
     accuracy = 1e-4 if dtype == "float32" else 1e-2
     assert run.losses() == pytest.approx(on_the_cpu.losses(), rel=accuracy)
     before, after = on_the_cpu.summary(), run.summary()
     for key in ("retention_before", "retention_after"):
-        assert after[key] == pytest.approx(before[key], rel=accuracy)
+        assert math.log(after[key]) == pytest.approx(math.log(before[key]), rel=accuracy)
     journal = map(json.loads, (run.folder / "journal.jsonl").open())
     metrics = [entry["values"] for entry in journal if entry["kind"] == "metrics"]
     found = {key: value for values in metrics for key, value in values.items()}
@@ -66,15 +65,13 @@ def test_the_same_as_on_the_cpu(offload: str, dtype: str, config: Path, on_the_c
     assert any(key.endswith("/gpu_0_memory_usage_megabytes") for key in found)
 
 
-def test_it_goes_on_with_what_the_cpu_has_saved(
-    config: Path, on_the_cpu: Run, without_gpu: dict[str, str], tmp_path: Path
-) -> None:
+def test_it_goes_on_with_what_the_cpu_has_saved(config: Path, on_the_cpu: Run, tmp_path: Path) -> None:
     run = Run(config, tmp_path / "run").take(on_the_cpu, 8)
     train(run, 1)
     assert run.checkpoints() == [f"step-{step:06d}" for step in range(8, STEPS + 1)]
     assert run.losses() == pytest.approx(on_the_cpu.losses(), rel=1e-4)
     again = Run(config, tmp_path / "again").take(run, 15)
-    train(again, 2, f"deepspeed={PLAIN}", **without_gpu)
+    train(again, 2, f"deepspeed={PLAIN}", DS_ACCELERATOR="cpu")
     assert again.losses() == pytest.approx(on_the_cpu.losses(), rel=1e-4)
 
 
