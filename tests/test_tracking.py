@@ -276,8 +276,11 @@ def test_what_an_outage_held_back_is_sent_later(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_latency_of_30_seconds_with_the_usual_patience(proxy: Proxy, server: Server, tmp_path: Path) -> None:
+def test_a_latency_of_30_seconds_with_the_usual_patience(
+    proxy: Proxy, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing waits for it during the run and at its end; what is left is sent through it."""
+    monkeypatch.setattr("tests.conftest.LAUNCH_LIMIT", 1200)  # `sync` makes some twenty requests, of 30 s each
     run = Run(tmp_path, proxy.uri)
     process = run.launch(2000)
     run.wait_for(40, process)
