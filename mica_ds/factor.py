@@ -24,7 +24,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 EPS64 = torch.finfo(torch.float64).eps
 SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
-_CHUNK = 1 << 20  # entries that are cast to fp64 at a time: they stay in the cache
+_CHUNK = 1 << 19  # entries that are cast to fp64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,11 @@ def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Facto
 
 
 def block_width(r: int) -> int:
-    """Columns of a Krylov block: some more than the basis has, since the last ones converge slowly."""
-    return r + max(8, r // 2)
+    """Columns of a Krylov block: some more than the basis has, since the last ones converge slowly.
+
+    A multiple of 24, for other widths MKL takes up to twice as long on AMD (fp64, measured).
+    """
+    return -(-(r + 8) // 24) * 24
 
 
 def cost(shape: tuple[int, int], r: int) -> float:
@@ -82,18 +85,18 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
     k = len(T_KL)
     if factor == "lu":
         T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
-        largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), T_KL)
+        largest = _largest(lambda X: T32_KK @ (T32_KK.T @ X), random_normal(k, 16, seed=0).float())
         inverse = _lu_inverse(T32_KK)
         # fp32 noise stops it soon; corrections through T do the rest
         width = block_width(r)
         steps = min(8, k // 2 // width)
-        start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)
+        start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
         return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ.double()).Q, factor)
     G_KK = gram(T_KL)
     if factor == "gram":
         return factor_gram(G_KK, r, tolerance=1e-6)
     largest = _largest_of_gram(G_KK)
-    minor = symmetric.eigenvectors(G_KK, 0, min(r, k - 1))  # one more than the basis, for the gap
+    minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
     return Factored(largest**0.5, _cholesky_inverse(G_KK, largest), torch.linalg.qr(minor).Q, factor)
 
 
@@ -107,14 +110,14 @@ def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
     largest = _largest_of_gram(G_KK)
     inverse = _cholesky_inverse(G_KK, largest)
     start = random_normal(k, width, seed=0).to(G_KK)
-    start_KQ = _krylov(inverse, start, r + 1, tolerance, steps=max(1, k // 2 // width), first_check=8)
+    start_KQ = _krylov(inverse, start, r + 1, tolerance, steps=max(1, k // 2 // width), first_check=8)[1]
     return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ).Q, "gram")
 
 
 def gram(T_KL: torch.Tensor) -> torch.Tensor:
     """The lower triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
     G_KK = symmetric.zeros(len(T_KL), T_KL.device)
-    for part in _fp64_parts(T_KL, 4 * _CHUNK):
+    for part in _fp64_parts(T_KL, 8 * _CHUNK):
         symmetric.add_gram(G_KK, part)
     return G_KK
 
@@ -147,9 +150,10 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
 
 
 def _krylov(
-    operator: Operator, start_KQ: torch.Tensor, wanted: int, tolerance: float, steps: int, first_check: int = 3
-) -> torch.Tensor:
-    """The dominant eigenvectors (K, Q) of a symmetric positive operator, the first `wanted` to a tolerance.
+    operator: Operator, start_KQ: torch.Tensor, wanted: int, tolerance: float, steps: int, first_check: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dominant eigenvalues and eigenvectors (K, Q) of a symmetric positive operator, ascending, `wanted` of them to
+    a tolerance.
 
     Block Lanczos from a random block, in its dtype and on its device; each block is orthogonalised against all before
     it, twice. It ends when the residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or
@@ -179,22 +183,21 @@ def _krylov(
         errors = (next_coefficients @ vectors[-width:, -wanted:]).norm(dim=0)
         if (errors <= tolerance * values[-wanted:].abs()).all():
             break
-    return known @ vectors[:, -width:]
+    return values[-width:], known @ vectors[:, -width:]
 
 
-def _largest(operator: Operator, like: torch.Tensor) -> float:
-    """The largest eigenvalue of a symmetric positive operator on as many rows as `like`, to about 1e-3, from below."""
-    k = len(like)
-    if k <= SMALL_SIDE:
-        identity = torch.eye(k, dtype=torch.float64, device=like.device)
+def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
+    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
+    if len(start_KQ) <= SMALL_SIDE:
+        identity = torch.eye(len(start_KQ), dtype=start_KQ.dtype, device=start_KQ.device)
         return float(torch.linalg.eigvalsh(operator(identity))[-1].clamp(min=0))
-    start = random_normal(k, 16, seed=0).to(like.device)  # MKL takes five times as long for 8 on AMD (measured)
-    top = _krylov(operator, start, 1, tolerance=3e-2, steps=16)[:, -1:]
-    return float((top.T @ operator(top)).squeeze().clamp(min=0))
+    values, _ = _krylov(operator, start_KQ, 1, tolerance=3e-2, steps=16, first_check=2)
+    return float(values[-1].clamp(min=0))
 
 
 def _largest_of_gram(G_KK: torch.Tensor) -> float:
-    return _largest(functools.partial(symmetric.times, G_KK), G_KK)
+    # MKL takes twice as long on AMD for columns that are no multiple of 12 (fp64; in fp32 of 16, measured).
+    return _largest(functools.partial(symmetric.times, G_KK), random_normal(len(G_KK), 12, seed=0).to(G_KK.device))
 
 
 def multiply(T_KL: torch.Tensor, X_KQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -145,7 +145,7 @@ def finish(factored: Factored, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, r: int, i
     """
     minor = _rayleigh_ritz(factored.start_KQ, Y_LQ, Z_KQ, factored.start_KQ.shape[1])
     is_deficient = bool(minor.sigma[-1] <= _NEGLIGIBLE * factored.sigma_max)
-    if is_deficient or not _is_converged(minor, _error(minor, factored, r), factored, r, is_left):
+    if is_deficient or not _is_converged(minor, _error(minor, factored), factored, r, is_left):
         return None
     U_MR = minor.X_KQ[:, -r:] if is_left else torch.linalg.qr(minor.Y_LQ[:, -r:] / minor.sigma[-r:]).Q
     return _solution(U_MR, minor, factored, r, unconverged=[])
@@ -154,40 +154,42 @@ def finish(factored: Factored, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, r: int, i
 def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, rounds: int = 8) -> tuple[_Ritz, bool]:
     """Rayleigh-Ritz through T, with corrections from the residual until it meets the tolerance."""
     X_KQ = factored.start_KQ
-    width = X_KQ.shape[1]
+    k, width = X_KQ.shape
+    most = max(1, k // 2 // width - 1) * width  # with the corrections at most half of the space
     Y_LQ, Z_KQ = multiply(T_KL, X_KQ)
     for left in reversed(range(rounds)):
-        ritz = _rayleigh_ritz(X_KQ, Y_LQ, Z_KQ, width)
+        ritz = _rayleigh_ritz(X_KQ, Y_LQ, Z_KQ, most)
         if factored.factor == "eigh":
             return ritz, True
-        D_KR = _error(ritz, factored, r)
-        if _is_converged(ritz, D_KR, factored, r, is_left):
+        D_KQ = _error(ritz, factored)
+        if _is_converged(ritz, D_KQ, factored, r, is_left):
             return ritz, True
         if not left:
             break
         for _ in range(2):
-            D_KR = torch.linalg.qr(D_KR).Q
-            D_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ D_KR)
-        D_KR = torch.linalg.qr(D_KR).Q
-        Y_LR, Z_KR = multiply(T_KL, D_KR)
-        X_KQ = torch.cat([ritz.X_KQ, D_KR], dim=1)
-        Y_LQ, Z_KQ = torch.cat([ritz.Y_LQ, Y_LR], dim=1), torch.cat([ritz.Z_KQ, Z_KR], dim=1)
+            D_KQ = torch.linalg.qr(D_KQ).Q
+            D_KQ -= ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
+        D_KQ = torch.linalg.qr(D_KQ).Q
+        more = multiply(T_KL, D_KQ)
+        X_KQ = torch.cat([ritz.X_KQ, D_KQ], dim=1)
+        Y_LQ, Z_KQ = (torch.cat(pair, dim=1) for pair in zip((ritz.Y_LQ, ritz.Z_KQ), more, strict=True))
     return ritz, False
 
 
-def _error(ritz: _Ritz, factored: Factored, r: int) -> torch.Tensor:
-    """(T Tᵀ)⁻¹ residual, beyond the columns kept (K, R): component j is (1 − λ / λ_j) of the error's."""
-    D_KR = factored.inverse(ritz.residual_KR(r))
-    return D_KR - ritz.X_KQ @ (ritz.X_KQ.T @ D_KR)
+def _error(ritz: _Ritz, factored: Factored) -> torch.Tensor:
+    """(T Tᵀ)⁻¹ residual, beyond the columns kept (K, Q): component j is (1 − λ / λ_j) of the error's."""
+    width = factored.start_KQ.shape[1]
+    D_KQ = factored.inverse(ritz.residual_KR(width))
+    return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
 
 
-def _is_converged(ritz: _Ritz, D_KR: torch.Tensor, factored: Factored, r: int, is_left: bool) -> bool:
+def _is_converged(ritz: _Ritz, D_KQ: torch.Tensor, factored: Factored, r: int, is_left: bool) -> bool:
     """Whether the angle to the true subspace is within the tolerance, or the residual at fp64's rounding.
 
     The angle is estimated from D = `_error`; the share λ / λ_j of the error that it lacks shows in (T Tᵀ)⁻¹ D λ.
     Measured against fp64, the estimate was one to three times the sine of the angle wherever that was below 1e-3.
     """
-    residual_KR = ritz.residual_KR(r)
+    residual_KR, D_KR = ritz.residual_KR(r), D_KQ[:, -r:]
     if float(residual_KR.norm()) <= 8 * EPS64 * factored.sigma_max**2:
         return True
     sigma = ritz.sigma[-r:].clamp(min=_NEGLIGIBLE * factored.sigma_max)
@@ -221,11 +223,11 @@ def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unco
     )
 
 
-def _rayleigh_ritz(X_KQ: torch.Tensor, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, keep: int) -> _Ritz:
+def _rayleigh_ritz(X_KQ: torch.Tensor, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, most: int) -> _Ritz:
     R_QQ = torch.linalg.qr(Y_LQ, mode="r").R.cpu()  # a GPU takes longer for so small an SVD
     sigma, V_QQ = (found.to(X_KQ.device) for found in torch.linalg.svd(R_QQ)[1:])
-    rotation = V_QQ.T[:, -keep:]
-    return _Ritz(X_KQ @ rotation, Y_LQ @ rotation, Z_KQ @ rotation, sigma[-keep:])
+    rotation = V_QQ.T[:, -most:]
+    return _Ritz(X_KQ @ rotation, Y_LQ @ rotation, Z_KQ @ rotation, sigma[-most:])
 
 
 def _long_side(T_KL: torch.Tensor, minor: _Ritz, r: int, factored: Factored) -> torch.Tensor:
