@@ -1,7 +1,10 @@
 """Attach what trains: MiCA (A = 0, B from the cache, frozen), LoRA, or the whole model."""
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.variants import MiCALinearVariant
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -142,7 +145,21 @@ def _with_factors(
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in modules.values()),
     )
     # No cast of the factors to fp32: DeepSpeed keeps fp32 masters, and activations stay in the compute dtype.
-    return get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
+    for module in peft_model.modules():
+        variants = getattr(module, "lora_variant", {})
+        if isinstance(variants.get("default"), MiCALinearVariant):
+            variants["default"] = _ScaledInside()
+    return peft_model
+
+
+class _ScaledInside(MiCALinearVariant):
+    """peft's MiCA, scaled where it has r columns instead of `out`: a pass over all outputs less, forth and back."""
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        inside = module.lora_A[active_adapter](x) * module.scaling[active_adapter]
+        return result + module.lora_B[active_adapter](inside)
 
 
 def frozen_factors(modules: dict[str, nn.Module], basis: Basis) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from mica_ds.adapter import adapter_skeleton, target_modules
 from mica_ds.config import AdapterSettings, Config, ModelSettings, recomputes_activations
-from mica_ds.loss import tile_loss
+from mica_ds.loss import TILE_ON_CPU, tile_loss
 from mica_ds.model import DTYPES, read_model_config
 
 
@@ -57,13 +57,16 @@ def micro_batch(config: Config) -> Batch:
     return Batch(rows, config.data.sequence_length // parts, has_mask, recomputes_activations(config))
 
 
-def count_footprint(model: ModelSettings, adapter: AdapterSettings, batch: Batch) -> Footprint:
-    """Count what a micro-batch takes. Local; a second or two, whatever the model's size. Raises: UserError."""
+def count_footprint(model: ModelSettings, adapter: AdapterSettings, batch: Batch, tile: int = TILE_ON_CPU) -> Footprint:
+    """Count what a micro-batch takes, the logits of a tile among it. Local; a second or two, whatever the model's size.
+
+    Raises: UserError.
+    """
     depth = read_model_config(model.path).get_text_config().num_hidden_layers
     counted = [_count_layers(model, adapter, batch, layers) for layers in range(1, min(depth, 2) + 1)]
     more = depth - len(counted)
     kept, backward = (last + more * (last - first) for first, last in zip(counted[0], counted[-1], strict=True))
-    return Footprint(kept, _count_loss(model, adapter, batch) - counted[0][0], max(0, backward - kept))
+    return Footprint(kept, _count_loss(model, adapter, batch, tile) - counted[0][0], max(0, backward - kept))
 
 
 def _count_layers(settings: ModelSettings, adapter: AdapterSettings, batch: Batch, layers: int) -> tuple[int, int]:
@@ -87,11 +90,11 @@ def _count_layers(settings: ModelSettings, adapter: AdapterSettings, batch: Batc
     return kept, live.peak
 
 
-def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch) -> int:
+def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch, tile: int) -> int:
     """Bytes that a model of one layer has at most from its head to its loss, and back."""
     model = _first_layers(settings, adapter, batch, 1)
     with _without_data(model):
-        is_tiled = tile_loss(model)
+        is_tiled = tile_loss(model, tile)
 
         def begin(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             handle.remove()

@@ -17,6 +17,7 @@ from mica_ds.arguments import accumulation_steps
 from mica_ds.config import AdapterSettings, Config, ModelSettings
 from mica_ds.footprint import Batch, Footprint, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, Moment, Passage, pass_through
+from mica_ds.loss import TILE_ON_CPU, TILE_ON_GPU
 from mica_ds.model import load_skeleton
 from mica_ds.shards import Matrix, matrix_of
 from mica_ds.zero import Cluster, Zero
@@ -83,7 +84,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     """Predict what a run takes. Local; seconds. Raises: UserError where model, targets or batch are not right."""
     accumulation = accumulation_steps(config, cluster.ranks)
     model, modules, weights = skeleton(config)
-    footprint = _footprint(config.model.model_dump_json(), config.adapter.model_dump_json(), micro_batch(config))
+    tile = TILE_ON_GPU if cluster.device == "gpu" else TILE_ON_CPU
+    footprint = _footprint(config.model.model_dump_json(), config.adapter.model_dump_json(), micro_batch(config), tile)
     zero = Zero(config, cluster, model.config.get_text_config().hidden_size)
     passage = _passage(config, model, footprint, zero)
     base = _partitions(zero, weights)
@@ -124,9 +126,9 @@ def _skeleton(model_settings: str, adapter_settings: str) -> tuple[Any, dict[str
 
 
 @functools.cache
-def _footprint(model: str, adapter: str, batch: Batch) -> Footprint:
+def _footprint(model: str, adapter: str, batch: Batch, tile: int) -> Footprint:
     return count_footprint(
-        ModelSettings.model_validate_json(model), AdapterSettings.model_validate_json(adapter), batch
+        ModelSettings.model_validate_json(model), AdapterSettings.model_validate_json(adapter), batch, tile
     )
 
 

@@ -19,7 +19,7 @@ from mica_ds.config import Config
 from mica_ds.data import Sequences
 from mica_ds.evaluate import Evaluator
 from mica_ds.fingerprint import WEIGHTS
-from mica_ds.loss import tile_loss
+from mica_ds.loss import TILE_ON_CPU, TILE_ON_GPU, tile_loss
 from mica_ds.meter import Meter
 from mica_ds.parallelism import collator, mask_evaluation, share_batches, token_loss
 from mica_ds.shelf import read_state
@@ -161,7 +161,7 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
-    if not tile_loss(model):
+    if not tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU):
         comm.say("loss: the logits of a micro-batch are made whole, since the output head trains or bends them")
     return MicaTrainer(
         model=model,

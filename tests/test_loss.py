@@ -30,15 +30,12 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("items", [None, 250])
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "qwen3"])
-def test_it_equals_the_whole_loss(
-    architecture: str, items: int | None, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loss, "_TILE", 16_000)  # 7 tiles of 16 tokens
+def test_it_equals_the_whole_loss(architecture: str, items: int | None, batch: dict[str, torch.Tensor]) -> None:
     stock = build(architecture)
     ours = copy.deepcopy(stock)
     seen: list[int] = []
     ours.get_output_embeddings().register_forward_hook(lambda *about: seen.append(about[2].numel()))
-    assert loss.tile_loss(ours)
+    assert loss.tile_loss(ours, 16_000)  # 7 tiles of 16 tokens
     losses = []
     for model in (stock, ours):
         model.train()
@@ -58,7 +55,7 @@ def test_it_equals_the_whole_loss(
 
 def test_offloaded_activations_leave_the_head_where_it_is(batch: dict[str, torch.Tensor]) -> None:
     ours = build().train()
-    assert loss.tile_loss(ours)
+    assert loss.tile_loss(ours, loss.TILE_ON_CPU)
     moved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: moved.append(tensor.numel()) or tensor, lambda t: t):
         ours(**batch).loss.backward()
@@ -69,7 +66,7 @@ def test_offloaded_activations_leave_the_head_where_it_is(batch: dict[str, torch
 def test_evaluation_has_its_logits_and_loss(batch: dict[str, torch.Tensor]) -> None:
     stock = build().eval()
     ours = copy.deepcopy(stock)
-    assert loss.tile_loss(ours)
+    assert loss.tile_loss(ours, loss.TILE_ON_CPU)
     with torch.no_grad():
         expected, found = stock(**batch), ours(**batch)
     assert torch.equal(found.logits, expected.logits)
@@ -79,5 +76,5 @@ def test_evaluation_has_its_logits_and_loss(batch: dict[str, torch.Tensor]) -> N
 def test_what_it_leaves_alone() -> None:
     trains = build()
     trains.get_output_embeddings().weight.requires_grad_(True)
-    assert not loss.tile_loss(trains)
-    assert not loss.tile_loss(build("gemma2"))  # caps its logits after the head
+    assert not loss.tile_loss(trains, loss.TILE_ON_CPU)
+    assert not loss.tile_loss(build("gemma2"), loss.TILE_ON_CPU)  # caps its logits after the head
