@@ -158,7 +158,8 @@ class _ScaledInside(MiCALinearVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        inside = module.lora_A[active_adapter](x) * module.scaling[active_adapter]
+        dropped = module.lora_dropout[active_adapter](x)
+        inside = module.lora_A[active_adapter](dropped) * module.scaling[active_adapter]
         return result + module.lora_B[active_adapter](inside)
 
 

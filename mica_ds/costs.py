@@ -29,7 +29,7 @@ class Costs:
     basis_moved: int
     """Bytes that all ranks receive for the bases, where the weights lie in partitions."""
     basis_seconds: float
-    """For all bases, each rank a core of the machine that the README's table names; without communication."""
+    """For all bases, each rank a core of an Intel Xeon with AVX-512; without communication."""
     checkpoint: int
     """Bytes of a checkpoint."""
     folder: int

@@ -52,7 +52,7 @@ def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Facto
 
 
 def block_width(r: int) -> int:
-    """Columns of a Krylov block: some more than the basis has, since the last ones converge slowly.
+    """Columns of a block: some more than the basis has, since the last ones converge slowly.
 
     A multiple of 24, for other widths MKL takes up to twice as long on AMD (fp64, measured).
     """
@@ -60,7 +60,7 @@ def block_width(r: int) -> int:
 
 
 def cost(shape: tuple[int, int], r: int) -> float:
-    """Seconds of a solve on one core of the machine that the README's table names, to compare matrices. Local."""
+    """Seconds of a solve on one core of an Intel Xeon with AVX-512, to compare matrices. Local."""
     return sum(amount / _RATES[kind] for kind, amount in work(shape, r).items())
 
 
@@ -187,7 +187,7 @@ def _krylov(
 
 
 def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
-    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
+    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below but for rounding."""
     if len(start_KQ) <= SMALL_SIDE:
         identity = torch.eye(len(start_KQ), dtype=start_KQ.dtype, device=start_KQ.device)
         return float(torch.linalg.eigvalsh(operator(identity))[-1].clamp(min=0))
@@ -229,7 +229,7 @@ def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
         return
     k = len(T_KL)
     if not symmetric.on_host(T_KL):  # no cache to stay in: few large kernels
-        entries *= 16
+        entries = max(16 * entries, 1 << 24)
     size = min(max(128, entries // k), T_KL.shape[1])
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
     shape = (k, size) if T_KL.stride(1) == 1 else (size, k)

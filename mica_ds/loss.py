@@ -12,8 +12,8 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
 from torch import nn
 from transformers import PreTrainedModel
 
-# Logits of a tile. On a CPU 28 MiB in fp32: for what has 32 MiB or more glibc takes new pages each time (measured: tiles
-# of 64 MiB take 20 % longer, and much smaller ones, too).
+# Logits of a tile. On a CPU 28 MiB in fp32: for 32 MiB and more glibc takes new pages each time (measured: tiles of
+# 64 MiB take 20 % longer, and much smaller ones, too).
 TILE_ON_CPU, TILE_ON_GPU = 7 << 20, 1 << 24
 _IGNORED = -100  # the label of tokens that are not predicted, as in transformers
 

@@ -6,7 +6,7 @@ square weights are factored in fp32. Where the tolerance is not met the fp64 Gra
 eigendecomposition at last.
 
 Shapes: M rows (out features), N columns (in features), K = min(M, N), L = max(M, N), R the adapter's rank, Q columns
-of a block. T (K, L) is W or its transpose, whichever is wide: the work is done on W's short side.
+of one block or several. T (K, L) is W or its transpose, whichever is wide: the work is done on W's short side.
 Method: Rüdiger and Raschka, "MiCA Learns More Knowledge Than LoRA and Full Fine-Tuning", arXiv:2604.01694.
 """
 
@@ -50,7 +50,7 @@ class Solution:
     B_MR: torch.Tensor
     """Orthonormal columns, fp32; for the minor subspace by descending singular value."""
     sigma_max: float
-    """To a relative 1e-3 or so, from below."""
+    """To a relative 1e-3 or so, from below but for rounding."""
     sigma_minor: list[float]
     """The R smallest singular values, descending."""
     relative_gap: float | None
@@ -155,7 +155,7 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
     """Rayleigh-Ritz through T, with corrections from the residual until it meets the tolerance."""
     X_KQ = factored.start_KQ
     k, width = X_KQ.shape
-    most = max(1, k // 2 // width - 1) * width  # with the corrections at most half of the space
+    most = min(2, max(1, k // 2 // width - 1)) * width  # with the corrections at most half of the space
     Y_LQ, Z_KQ = multiply(T_KL, X_KQ)
     for left in reversed(range(rounds)):
         ritz = _rayleigh_ritz(X_KQ, Y_LQ, Z_KQ, most)
@@ -224,7 +224,7 @@ def _solution(U_MR: torch.Tensor, minor: _Ritz, factored: Factored, r: int, unco
 
 
 def _rayleigh_ritz(X_KQ: torch.Tensor, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, most: int) -> _Ritz:
-    R_QQ = torch.linalg.qr(Y_LQ, mode="r").R.cpu()  # a GPU takes longer for so small an SVD
+    R_QQ = torch.linalg.qr(Y_LQ, mode="r").R.cpu()  # a GPU takes longer for an SVD of some dozens of columns
     sigma, V_QQ = (found.to(X_KQ.device) for found in torch.linalg.svd(R_QQ)[1:])
     rotation = V_QQ.T[:, -most:]
     return _Ritz(X_KQ @ rotation, Y_LQ @ rotation, Z_KQ @ rotation, sigma[-most:])

@@ -240,7 +240,10 @@ def measure_rates() -> dict[str, float]:
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
         "gram": long * k**2 / timed(lambda: factor.gram(T_KL)),
         "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.numpy().copy(order="F"),)),
-        "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=[0, R])),
+        "eigh": 4
+        / 3
+        * len(corner) ** 3
+        / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=[0, X_KQ.shape[1] - 1])),
         "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
     }
 
