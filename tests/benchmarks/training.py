@@ -191,7 +191,7 @@ def train_stock(folder: Path, row: str, method: str, threshold: int | str) -> Fo
     if threshold != "default":
         zero["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
     args = TrainingArguments(
-        **{**config.train, "save_strategy": "no"},
+        **{**config.train, "save_strategy": "no", "lr_scheduler_type": "cosine"},  # our default
         output_dir=str(folder / "stock"),
         deepspeed=zero,
         bf16=config.model.dtype == "bfloat16",
