@@ -117,7 +117,7 @@ def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
 def gram(T_KL: torch.Tensor) -> torch.Tensor:
     """The lower triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
     G_KK = symmetric.zeros(len(T_KL), T_KL.device)
-    for part in _fp64_parts(T_KL, 8 * _CHUNK):
+    for part in _fp64_parts(T_KL, 4 * _CHUNK):
         symmetric.add_gram(G_KK, part)
     return G_KK
 
@@ -162,7 +162,7 @@ def _krylov(
     block = torch.linalg.qr(start_KQ).Q
     k, width = block.shape
     basis = block.new_empty(k, steps * width)
-    H = block.new_zeros(steps * width, steps * width)
+    H = block.new_empty(steps * width, steps * width)  # its upper triangle alone is used
     next_check = first_check
     for step in range(1, steps + 1):
         known = basis[:, : step * width]

@@ -122,7 +122,7 @@ def test_what_cannot_fit_is_refused_with_what_fits(tiny_config: Callable[..., Pa
         train={"per_device_train_batch_size": rows},
         evaluate={"questions": None, "retention": None},
     )
-    found = start_fresh_ranks(2, ["train", str(config)], PROGRAM, MEASURED=str(tmp_path), FREE_MIB="600")
+    found = start_fresh_ranks(2, ["train", str(config)], PROGRAM, MEASURED=str(tmp_path), FREE_MIB="560")
     assert found.codes == [2, 2], found.output
     (error,) = [line for line in found.output.splitlines() if line.startswith("error: ")]
     assert "it does not fit" in error
