@@ -85,7 +85,7 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
     k = len(T_KL)
     if factor == "lu":
         T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
-        largest = _largest(lambda X: T32_KK @ (T32_KK.T @ X), random_normal(k, 16, seed=0).float())
+        largest = _largest(lambda X: (T32_KK @ (T32_KK.T @ X.float())).double(), random_normal(k, 16, seed=0))
         inverse = _lu_inverse(T32_KK)
         # fp32 noise stops it soon; corrections through T do the rest
         width = block_width(r)
@@ -187,7 +187,7 @@ def _krylov(
 
 
 def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
-    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below but for rounding."""
+    """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
     if len(start_KQ) <= SMALL_SIDE:
         identity = torch.eye(len(start_KQ), dtype=start_KQ.dtype, device=start_KQ.device)
         return float(torch.linalg.eigvalsh(operator(identity))[-1].clamp(min=0))

@@ -50,7 +50,7 @@ class Solution:
     B_MR: torch.Tensor
     """Orthonormal columns, fp32; for the minor subspace by descending singular value."""
     sigma_max: float
-    """To a relative 1e-3 or so, from below but for rounding."""
+    """To a relative 1e-3 or so, from below."""
     sigma_minor: list[float]
     """The R smallest singular values, descending."""
     relative_gap: float | None
@@ -155,7 +155,7 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
     """Rayleigh-Ritz through T, with corrections from the residual until it meets the tolerance."""
     X_KQ = factored.start_KQ
     k, width = X_KQ.shape
-    most = min(2, max(1, k // 2 // width - 1)) * width  # with the corrections at most half of the space
+    most = min(2, max(1, k // 2 // width - 1)) * width  # two blocks; with a third at most half of the space
     Y_LQ, Z_KQ = multiply(T_KL, X_KQ)
     for left in reversed(range(rounds)):
         ritz = _rayleigh_ritz(X_KQ, Y_LQ, Z_KQ, most)

@@ -228,7 +228,7 @@ def measure_rates() -> dict[str, float]:
     G_KK = factor.gram(T_KL)
     L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK.numpy(), lower=True))
     X_KQ = torch.randn(k, factor.block_width(R), dtype=torch.float64)
-    corner = G_KK[:1024, :1024].numpy().copy()
+    corner, wanted = G_KK[:1024, :1024].numpy().copy(), [0, X_KQ.shape[1] - 1]
     sgetrf = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
     dpotrf = functools.partial(scipy.linalg.lapack.dpotrf, lower=True, overwrite_a=True, clean=False)
 
@@ -240,10 +240,7 @@ def measure_rates() -> dict[str, float]:
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
         "gram": long * k**2 / timed(lambda: factor.gram(T_KL)),
         "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.numpy().copy(order="F"),)),
-        "eigh": 4
-        / 3
-        * len(corner) ** 3
-        / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=[0, X_KQ.shape[1] - 1])),
+        "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=wanted)),
         "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
     }
 
