@@ -1,5 +1,6 @@
-"""The quick part of the campaign: three of its moments."""
+"""The quick part of the campaign: four of its moments, on a tiny model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
-def campaign(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    return Campaign(tmp_path_factory.mktemp("campaign"))
+def campaign(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Campaign:
+    return Campaign(tmp_path_factory.mktemp("campaign"), tiny_model("llama"))
 
 
 @pytest.mark.parametrize(
     "moment",
     [
-        Moment("training", 0.4, [1]),
+        Moment("training", 0.005, [1]),
+        Moment("updating", 0.1, [0]),
         Moment("writing a checkpoint", 0.002, [0]),
         Moment("recording", 0.0, [0]),
     ],
