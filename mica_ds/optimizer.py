@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from mica_ds import comm
 from mica_ds.shards import full_shape
@@ -63,6 +64,20 @@ def fill_states(engine: Any, step: int, read: Callable[[Any, str, int, int], tor
         state = zero.optimizer.state[zero.fp32_partitioned_groups_flat[index]]
         # torch's own Adam and AdamW count in a tensor, DeepSpeed's in an int.
         state["step"] = torch.tensor(float(step)) if isinstance(zero.optimizer, torch.optim.Adam) else step
+    if isinstance(zero.optimizer, DeepSpeedCPUAdam):
+        _count_up(zero.optimizer, step)
+
+
+def _count_up(optimizer: Any, step: int) -> None:
+    """Have DeepSpeed's Adam on the CPU make all steps up to one, on a number of no use.
+
+    It (0.19.8) keeps βᵗ in fp32, multiplied on at each step; told of a later step than the next, it takes a power, of
+    which 1 − β₂ᵗ would lose digits: updates would differ in the fifth from those of a run that was not interrupted.
+    """
+    group, numbers = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    settings = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"]]
+    for number in range(1, step + 1):
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, number, *settings, *numbers)
 
 
 @contextmanager

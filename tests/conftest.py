@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 
 from .preloaded import Program
@@ -84,6 +85,19 @@ def write_tiny_model(architecture: str, folder: Path) -> Path:
     )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)
+    return folder
+
+
+def write_first_layers(source: Path, folder: Path) -> Path:
+    """Write the first two layers of the real model, and return their folder."""
+    folder.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if "layers." not in name or ".0." in name or ".1." in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((source / name).read_bytes())
     return folder
 
 

@@ -2,10 +2,12 @@
 
 import importlib
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mica_ds import cli, comm
@@ -16,7 +18,11 @@ class Returned(BaseException):
 
 
 def main() -> None:
-    """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`."""
+    """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`.
+
+    Beside `raise`, `return`, `exit`, `kill`, `stop` and `sleep` it may go on with little memory: with so many bytes
+    more than are taken, or in the memory cgroup of a folder.
+    """
     rank, place, act = sys.argv[1:4]
     del sys.argv[1:4]
     if rank == os.environ["RANK"]:
@@ -30,6 +36,16 @@ def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
         print("FAULT", flush=True)
         if act == "exit":
             os._exit(0)
+        if act == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if act.isdigit():
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + int(act), resource.RLIM_INFINITY))
+        if act.startswith("/"):
+            Path(act, "cgroup.procs").write_text(str(os.getpid()))
+        if act.isdigit() or act.startswith("/"):
+            setattr(owner, names[-1], original)
+            return original(*args, **kwargs)
         if act == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
             return original(*args, **kwargs)

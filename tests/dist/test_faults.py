@@ -10,29 +10,34 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
+import transformers
 
 from mica_ds.config import load_config
 from mica_ds.delivery import unsent
 from mica_ds.footprint import count_footprint, micro_batch
 from mica_ds.watchdog import PATIENCE
 
-from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, start_ranks
+from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, write_config
 from ..slurm import wait_until
 
 pytestmark = pytest.mark.dist
 
 LIMIT = 30  # seconds
 HOST = socket.gethostname()
+LENGTH = 200  # tokens of a sequence, where memory is short
 IN_TRAINING = "mica_ds.callback.RunCallback.on_log"
 
 
-def break_down(rank: int, place: str, act: str, config: Path, log: Path) -> tuple[Finished, list[str]]:
-    """Train on two ranks, on one of which a function raises, exits or returns early.
+def break_down(
+    rank: int, place: str, act: str, config: Path, log: Path, verb: str = "train"
+) -> tuple[Finished, list[str]]:
+    """Train on two ranks, on one of which a function raises, exits, returns early, or has little memory.
 
     Returns what has finished, with the seconds from the fault on, and the lines that both have printed.
     """
     with log.open("w") as output:
-        arguments = [str(rank), place, act, "train", str(config)]
+        arguments = [str(rank), place, act, verb, str(config)]
         processes = launch_ranks(2, arguments, "tests.dist.faulty", output)
         wait_until(lambda: "FAULT" in log.read_text(), log.parent, LAUNCH_LIMIT)
         finished = finish(processes)
@@ -56,9 +61,10 @@ def test_a_rank_that_raises_is_the_last_to_speak(
     assert found.info.status == "FAILED"
 
 
-def test_a_rank_that_exits_is_named(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    finished, lines = break_down(0, IN_TRAINING, "exit", tiny_config(), tmp_path / "log")
-    assert finished.codes == [0, 1], lines
+@pytest.mark.parametrize(("act", "code"), [("exit", 0), ("kill", -9)])
+def test_a_rank_that_vanishes_is_named(act: str, code: int, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    finished, lines = break_down(0, IN_TRAINING, act, tiny_config(), tmp_path / "log")
+    assert finished.codes == [code, 1], lines
     assert finished.seconds < LIMIT
     assert f"error: rank 0 (host {HOST}) ended without a word" in lines[-1]
     assert f"rank 1 (host {HOST}) was in torch.distributed." in lines[-1]
@@ -117,16 +123,65 @@ def test_a_rank_that_is_stopped_before_it_knows_the_config(tiny_config: Callable
             process.kill()
 
 
-def test_out_of_memory_says_what_to_change(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    length, batch = 200, 2
-    config = tiny_config(data={"sequence_length": length}, evaluate={"questions": None, "retention": None})
-    program = "tests.dist.limited"
-    finished = start_ranks(2, ["train", str(config), f"train.per_device_train_batch_size={batch}"], program)
-    assert all(code != 0 for code in finished.codes), finished.output
-    (error,) = [line for line in finished.output.splitlines() if line.startswith("error: ")]
-    assert "ran out of memory while training" in error
-    settings = load_config(config, [f"train.per_device_train_batch_size={batch}"])
+@pytest.mark.parametrize(
+    ("place", "room", "phase", "advice"),
+    [
+        ("mica_ds.callback.RunCallback.on_step_begin", 100 << 20, "training", "{training}"),
+        (
+            "mica_ds.evaluate.Evaluator.score_base",
+            20 << 20,
+            "evaluating",
+            "evaluate.batch_tokens=4096 has logits of 0.75 GiB (49152 a token, fp32); lower it",
+        ),
+        ("mica_ds.basis._solve_one", 4 << 20, "computing bases", "run fewer ranks a node, or basis.exchange=gram"),
+    ],
+)
+def test_out_of_memory_says_what_to_change(
+    place: str, room: int, phase: str, advice: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    is_of_bases = phase == "computing bases"
+    model = write_large_layer(tmp_path / "model") if is_of_bases else tiny_model("llama")
+    config = write_config(tmp_path, model, data={"sequence_length": LENGTH})
+    finished, lines = break_down(1, place, str(room), config, tmp_path / "log", "basis" if is_of_bases else "train")
+    assert finished.codes == [2, 2], lines
+    assert finished.seconds < LIMIT
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert error == lines[-1]
+    assert f"rank 1 (host {HOST}) ran out of memory while {phase}" in error
+    assert advice.format(training=advice_on_training(config)) in error
+    assert "Traceback" not in "\n".join(lines)
+
+
+def test_a_rank_that_the_kernel_kills_for_its_memory(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    group = Path(f"/sys/fs/cgroup/memory/mica_ds-{os.getpid()}")
+    try:
+        group.mkdir()
+    except OSError:
+        pytest.skip("only root may make the memory cgroup (of version 1) that this needs")
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(10 << 20))
+        config, place = tiny_config(data={"sequence_length": LENGTH}), "mica_ds.callback.RunCallback.on_step_begin"
+        finished, lines = break_down(1, place, str(group), config, tmp_path / "log")
+    finally:
+        group.rmdir()
+    assert finished.codes == [1, -signal.SIGKILL], lines
+    assert finished.seconds < LIMIT
+    assert lines[-1].startswith(f"error: rank 1 (host {HOST}) ended without a word")
+    assert f"If the kernel killed it for lack of memory (see dmesg): {advice_on_training(config)}" in lines[-1]
+
+
+def advice_on_training(config: Path) -> str:
+    settings = load_config(config)
     counted = count_footprint(settings.model, settings.adapter, micro_batch(settings)).activations
-    assert f"keeps {counted / 2**20:.1f} MiB of activations" in error
-    assert "train.activation_checkpointing=true" in error
-    assert "Traceback" not in finished.output
+    return (
+        f"train.per_device_train_batch_size=2 × data.sequence_length={LENGTH} keeps {counted / 2**20:.1f} MiB of "
+        "activations: lower either, or set train.activation_checkpointing=true"
+    )
+
+
+def write_large_layer(folder: Path) -> Path:
+    """One layer, with weights of 16 and 32 MiB."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = transformers.AutoConfig.for_model("llama", vocab_size=96, **sizes)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder

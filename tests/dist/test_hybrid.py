@@ -8,27 +8,14 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..conftest import ROOT, start_ranks, write_config
+from ..conftest import ROOT, start_ranks, write_config, write_first_layers
 
 pytestmark = pytest.mark.dist
 
 CHATS = ROOT / "configs" / "demonstration" / "chat.jsonl"
-
-
-def cut(source: Path, folder: Path) -> Path:
-    """The real model's first two layers."""
-    folder.mkdir()
-    tensors = load_file(source / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if "layers." not in name or ".0." in name or ".1." in name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    return folder
 
 
 def chats() -> list[list[dict[str, str]]]:
@@ -53,7 +40,7 @@ def test_documents_then_dialogues(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "documents").mkdir()
     (tmp_path / "dialogues").mkdir()
     (tmp_path / "notes").mkdir()
-    base = cut(smollm2, tmp_path / "base")
+    base = write_first_layers(smollm2, tmp_path / "base")
     short: dict[str, Any] = {"evaluate": {"questions": None, "retention": None}}
     train = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2}
     first = write_config(tmp_path / "documents", base, train=train, **short)

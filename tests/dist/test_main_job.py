@@ -184,6 +184,7 @@ def test_a_signal_ends_it_within_a_minute_with_a_checkpoint(run: Path, overrides
     newest = max((run / "checkpoints").iterdir())
     assert int(newest.name.removeprefix("step-")) > STEPS
     assert f"{newest} holds all" in log.read_text()
+    assert _mlflow(run)[1].info.status == "KILLED"
 
 
 def _mlflow(run: Path) -> tuple[mlflow.MlflowClient, mlflow.entities.Run]:
