@@ -86,7 +86,7 @@ def check_capacity(config: Config) -> None:
                 else:
                     comm.say(f"plan: fits: {verdict(plan)}")
     memory.note_activations(comm.gather(activations)[0])
-    comm.advise(memory.hint(config))
+    comm.advise(memory.hint(config, "training"))
 
 
 def _plan(config: Config, cluster: Cluster) -> Plan | None:

@@ -39,7 +39,7 @@ def _run(verb: str, config: Path, overrides: list[str] | None, **options: Any) -
         with comm.failing_together():
             settings = load_config(config, overrides)
         comm.be_patient(settings.patience)
-        comm.advise(memory.hint(settings))
+        comm.advise(memory.hint(settings, "evaluating" if verb == "evaluate" else "training"))
         with memory.explained(settings):
             getattr(recipe, verb)(settings, **options)
 

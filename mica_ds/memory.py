@@ -18,6 +18,7 @@ from mica_ds.errors import UserError
 
 _GIB = 1 << 30
 _activations = 0  # bytes of a micro-batch, once they are counted
+_largest = (0, 0)  # the shape of the largest weight that has a basis, once it is known
 _REFUSALS = "[Cc]an(no|')t allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|std::bad_alloc"
 _PHASES = {  # the first of these modules on the stack says what the memory was for
     "mica_ds.inference": "evaluating",
@@ -52,10 +53,16 @@ def note_activations(size: int) -> None:
     _activations = size
 
 
-def hint(config: Config) -> str:
-    """What to do about a rank that was killed, should it have been for its memory. Local."""
+def note_largest(shape: tuple[int, int]) -> None:
+    """The shape of the largest weight that is to have a basis, for the same. Local."""
+    global _largest
+    _largest = shape
+
+
+def hint(config: Config, phase: str) -> str:
+    """What to do about a rank that was killed in a phase, should it have been for its memory. Local."""
     try:
-        advice = _advice(config, "training")
+        advice = _advice(config, phase)
     except (OSError, ValueError, AttributeError):
         return ""  # a model that cannot be read is reported where it is loaded
     return f"If the kernel killed it for lack of memory (see dmesg): {advice}."
@@ -95,7 +102,12 @@ def _advice(config: Config, phase: str) -> str:
             f"lower either{recompute}; {share}: {offload}"
         )
     if phase == "computing bases":
-        return "a rank holds one weight and its fp64 factors at a time: run fewer ranks a node, or basis.exchange=gram"
+        rows, columns = _largest
+        whole, factors = readable(4 * rows * columns), readable(16 * min(_largest) ** 2)
+        return (
+            f"a rank holds one weight and its factors at a time, {whole} (fp32) and up to {factors} for the largest "
+            f"({rows} × {columns}): run fewer ranks a node, or basis.exchange=gram"
+        )
     return f"{share}: {offload}"
 
 

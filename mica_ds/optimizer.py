@@ -69,10 +69,11 @@ def fill_states(engine: Any, step: int, read: Callable[[Any, str, int, int], tor
 
 
 def _count_up(optimizer: Any, step: int) -> None:
-    """Have DeepSpeed's Adam on the CPU make all steps up to one, on a number of no use.
+    """Have DeepSpeed's Adam on the CPU make all steps up to one, on a number of no use; a second for 100,000 of them.
 
-    It (0.19.8) keeps βᵗ in fp32, multiplied on at each step; told of a later step than the next, it takes a power, of
-    which 1 − β₂ᵗ would lose digits: updates would differ in the fifth from those of a run that was not interrupted.
+    It (0.19.8) keeps βᵗ in fp32, multiplied on at each step; told of a later step than the next, it takes a power
+    instead. The two differ in their last bit, and so 1 − β₂ᵗ in the fifth digit, and all updates from those of a run
+    that was not interrupted.
     """
     group, numbers = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
     settings = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"]]

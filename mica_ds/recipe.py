@@ -1,5 +1,6 @@
 """The verbs, each from config to result in one screen."""
 
+import math
 import socket
 import tempfile
 import time
@@ -23,7 +24,7 @@ from mica_ds.draft import check_absent, draft_questions, most_open, read_sources
 from mica_ds.errors import Preempted, UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_checkpoint
-from mica_ds.memory import trim
+from mica_ds.memory import hint, note_largest, trim
 from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
 from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
@@ -95,6 +96,7 @@ def train(config: Config) -> None:
         tracker.tags(fingerprints(origin, basis))
         model = attach(config, model, modules, basis, checkpoint)
         trim()
+        comm.advise(hint(config, "training"))
         trainable = count_parameters(model)
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
         scores = None
@@ -288,6 +290,8 @@ def _load(config: Config, checkpoint: Path | None) -> tuple[Any, int]:
 
 def _bases(config: Config, source: WeightSource) -> Basis:
     seed = config.train.get("seed", TrainingArguments.seed)
+    note_largest(max((matrix.shape for matrix in source.matrices), key=math.prod, default=(0, 0)))
+    comm.advise(hint(config, "computing bases"))
     found = build_basis(source, config.adapter, config.basis, seed, config.output_dir / "basis")
     how = f"{found.solved} solved" if found.solved else "all from the cache"
     comm.say(f"bases: {len(source.matrices)} matrices, r = {config.adapter.r}, {how}, {found.seconds:.1f} s")

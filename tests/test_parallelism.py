@@ -9,6 +9,7 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mica_ds import comm
 from mica_ds.config import load_config
 from mica_ds.errors import UserError
 from mica_ds.inference import Runner
@@ -59,3 +60,14 @@ def test_attention_that_cannot_be_shared_is_refused(
     config = load_config(tiny_config(), ["data.sequence_parallel=2", "data.pack=false"])
     with pytest.raises(UserError, match=message):
         check_parallelism(config, AutoConfig.for_model(architecture))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_packed_sequences_are_shared_where_attention_looks_at_the_positions(
+    attention: str, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed (0.19.8) gathers the positions, from which these know where a document begins."""
+    monkeypatch.setattr(comm, "world_size", lambda: 2)
+    config = load_config(tiny_config(), ["data.sequence_parallel=2", f"model.attention={attention}"])
+    assert config.data.pack
+    check_parallelism(config, AutoConfig.for_model("llama"))

@@ -20,8 +20,7 @@ class Returned(BaseException):
 def main() -> None:
     """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`.
 
-    Beside `raise`, `return`, `exit`, `kill`, `stop` and `sleep` it may go on with little memory: with so many bytes
-    more than are taken, or in the memory cgroup of a folder.
+    Beside `return` and the others below, it may go on with little memory: a number of bytes, or a cgroup's folder.
     """
     rank, place, act = sys.argv[1:4]
     del sys.argv[1:4]
@@ -31,28 +30,36 @@ def main() -> None:
     cli.app()
 
 
+def _raise(_: str) -> None:
+    raise ZeroDivisionError("division by zero")
+
+
+def _starve(room: str) -> None:
+    """Go on with so many bytes more than are taken, or in the memory cgroup of a folder."""
+    if room.isdigit():
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + int(room), resource.RLIM_INFINITY))
+    else:
+        Path(room, "cgroup.procs").write_text(str(os.getpid()))
+
+
+_ACTS: dict[str, Callable[[str], Any]] = {
+    "raise": _raise,
+    "exit": lambda _: os._exit(0),
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda _: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda _: time.sleep(75),
+}
+
+
 def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
     def fault(*args: Any, **kwargs: Any) -> Any:
         print("FAULT", flush=True)
-        if act == "exit":
-            os._exit(0)
-        if act == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if act.isdigit():
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + int(act), resource.RLIM_INFINITY))
-        if act.startswith("/"):
-            Path(act, "cgroup.procs").write_text(str(os.getpid()))
-        if act.isdigit() or act.startswith("/"):
-            setattr(owner, names[-1], original)
-            return original(*args, **kwargs)
-        if act == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-            return original(*args, **kwargs)
-        if act == "sleep":
-            time.sleep(75)
-            return original(*args, **kwargs)
-        raise Returned if act == "return" else ZeroDivisionError("division by zero")
+        setattr(owner, names[-1], original)
+        if act == "return":
+            raise Returned
+        _ACTS.get(act, _starve)(act)
+        return original(*args, **kwargs)
 
     package, module, *names = place.split(".")
     owner = importlib.import_module(f"{package}.{module}")

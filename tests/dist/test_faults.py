@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
@@ -32,7 +33,7 @@ IN_TRAINING = "mica_ds.callback.RunCallback.on_log"
 def break_down(
     rank: int, place: str, act: str, config: Path, log: Path, verb: str = "train"
 ) -> tuple[Finished, list[str]]:
-    """Train on two ranks, on one of which a function raises, exits, returns early, or has little memory.
+    """Run a verb on two ranks, on one of which a function raises, exits, returns early, or has little memory.
 
     Returns what has finished, with the seconds from the fault on, and the lines that both have printed.
     """
@@ -95,7 +96,7 @@ def test_a_rank_that_is_stopped_is_named_in_time(
         os.kill(processes[stopped].pid, signal.SIGSTOP)
         began = time.monotonic()
         assert processes[other].wait(60) == 1
-        assert time.monotonic() - began < 5 + LIMIT
+        assert time.monotonic() - began < 20  # 5 s, and 5 s in which the rank may end by itself
         last = log.read_text().strip().splitlines()[-1]
         assert f"error: rank {stopped} (host {HOST}) gave no sign of life for 5 s" in last
         assert f"rank {other} (host {HOST}) was in " in last
@@ -126,18 +127,23 @@ def test_a_rank_that_is_stopped_before_it_knows_the_config(tiny_config: Callable
 @pytest.mark.parametrize(
     ("place", "room", "phase", "advice"),
     [
-        ("mica_ds.callback.RunCallback.on_step_begin", 100 << 20, "training", "{training}"),
+        ("mica_ds.callback.RunCallback.on_step_begin", 100 << 20, "training", None),
         (
             "mica_ds.evaluate.Evaluator.score_base",
             20 << 20,
             "evaluating",
             "evaluate.batch_tokens=4096 has logits of 0.75 GiB (49152 a token, fp32); lower it",
         ),
-        ("mica_ds.basis._solve_one", 4 << 20, "computing bases", "run fewer ranks a node, or basis.exchange=gram"),
+        (
+            "mica_ds.basis._solve_one",
+            4 << 20,
+            "computing bases",
+            "32.0 MiB (fp32) and up to 64.0 MiB for the largest (4096 × 2048): run fewer ranks a node",
+        ),
     ],
 )
 def test_out_of_memory_says_what_to_change(
-    place: str, room: int, phase: str, advice: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    place: str, room: int, phase: str, advice: str | None, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     is_of_bases = phase == "computing bases"
     model = write_large_layer(tmp_path / "model") if is_of_bases else tiny_model("llama")
@@ -148,7 +154,7 @@ def test_out_of_memory_says_what_to_change(
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert error == lines[-1]
     assert f"rank 1 (host {HOST}) ran out of memory while {phase}" in error
-    assert advice.format(training=advice_on_training(config)) in error
+    assert (advice or advice_on_training(config)) in error
     assert "Traceback" not in "\n".join(lines)
 
 
@@ -163,7 +169,8 @@ def test_a_rank_that_the_kernel_kills_for_its_memory(tiny_config: Callable[..., 
         config, place = tiny_config(data={"sequence_length": LENGTH}), "mica_ds.callback.RunCallback.on_step_begin"
         finished, lines = break_down(1, place, str(group), config, tmp_path / "log")
     finally:
-        group.rmdir()
+        with suppress(OSError):  # where what failed has left a process in it
+            group.rmdir()
     assert finished.codes == [1, -signal.SIGKILL], lines
     assert finished.seconds < LIMIT
     assert lines[-1].startswith(f"error: rank 1 (host {HOST}) ended without a word")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mica_ds.settings import flatten
 
 from ..conftest import ROOT, Finished, finish, launch_ranks, start
+from ..slurm import wait_until
 from .test_basis import assert_bases_match, manifest
 
 pytestmark = pytest.mark.dist
@@ -184,7 +185,7 @@ def test_a_signal_ends_it_within_a_minute_with_a_checkpoint(run: Path, overrides
     newest = max((run / "checkpoints").iterdir())
     assert int(newest.name.removeprefix("step-")) > STEPS
     assert f"{newest} holds all" in log.read_text()
-    assert _mlflow(run)[1].info.status == "KILLED"
+    wait_until(lambda: _mlflow(run)[1].info.status == "KILLED", run.parent, 120)  # the sender goes on by itself
 
 
 def _mlflow(run: Path) -> tuple[mlflow.MlflowClient, mlflow.entities.Run]:

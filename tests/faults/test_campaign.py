@@ -18,8 +18,8 @@ def campaign(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     "moment",
     [
-        Moment("training", 0.005, [1]),
-        Moment("updating", 0.1, [0]),
+        Moment("forward", 0.0, [1]),
+        Moment("update", 0.1, [0]),
         Moment("writing a checkpoint", 0.002, [0]),
         Moment("recording", 0.0, [0]),
     ],
