@@ -71,10 +71,13 @@ class MicaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        if not self.args.parallelism_config:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
-        return token_loss(outputs.loss)
+        if self.args.parallelism_config:
+            outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+            loss = token_loss(outputs.loss)
+        else:
+            loss = cast(torch.Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+        # An infinite loss may have finite gradients. NaN ones are what DeepSpeed knows a step by that is to be skipped.
+        return loss * (1 + 0 * loss.detach())
 
     def compute_loss_context_manager(self) -> contextlib.ExitStack:
         stack = super().compute_loss_context_manager()

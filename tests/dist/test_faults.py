@@ -31,31 +31,33 @@ IN_TRAINING = "mica_ds.callback.RunCallback.on_log"
 
 
 def break_down(
-    rank: int, place: str, act: str, config: Path, log: Path, verb: str = "train"
+    rank: int, place: str, act: str, config: Path, log: Path, verb: str = "train", ranks: int = 2
 ) -> tuple[Finished, list[str]]:
-    """Run a verb on two ranks, on one of which a function raises, exits, returns early, or has little memory.
+    """Run a verb on some ranks, on one of which a function raises, exits, returns early, or has little memory.
 
-    Returns what has finished, with the seconds from the fault on, and the lines that both have printed.
+    Returns what has finished, with the seconds from the fault on, and the lines that all have printed.
     """
     with log.open("w") as output:
         arguments = [str(rank), place, act, verb, str(config)]
-        processes = launch_ranks(2, arguments, "tests.dist.faulty", output)
+        processes = launch_ranks(ranks, arguments, "tests.dist.faulty", output)
         wait_until(lambda: "FAULT" in log.read_text(), log.parent, LAUNCH_LIMIT)
         finished = finish(processes)
     return finished, log.read_text().strip().splitlines()
 
 
-@pytest.mark.parametrize(("rank", "place"), [(0, IN_TRAINING), (1, "mica_ds.basis._solve_one")])
+@pytest.mark.parametrize(("rank", "ranks", "place"), [(0, 2, IN_TRAINING), (1, 3, "mica_ds.basis._solve_one")])
 def test_a_rank_that_raises_is_the_last_to_speak(
-    rank: int, place: str, tiny_config: Callable[..., Path], tmp_path: Path
+    rank: int, ranks: int, place: str, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:
-    finished, lines = break_down(rank, place, "raise", tiny_config(), tmp_path / "log")
-    assert finished.codes == [1, 1], lines
+    config = tiny_config(data={"global_batch": 2 * ranks})
+    finished, lines = break_down(rank, place, "raise", config, tmp_path / "log", ranks=ranks)
+    assert finished.codes == [1] * ranks, lines
     assert finished.seconds < LIMIT
     assert lines[-1] == "ZeroDivisionError: division by zero"
     assert "\n".join(lines).count("Traceback") == 1, lines
-    (line,) = [line for line in lines if f"rank {1 - rank} (host {HOST}) was in " in line]
-    assert f"rank {rank} (host {HOST}) failed: ZeroDivisionError: division by zero" in line
+    for other in {*range(ranks)} - {rank}:
+        (line,) = [line for line in lines if f"rank {other} (host {HOST}) was in " in line]
+        assert f"rank {rank} (host {HOST}) failed: ZeroDivisionError: division by zero" in line
     journal, store = tmp_path / "run/journal.jsonl", f"sqlite:///{tmp_path}/mlflow.db"
     wait_until(lambda: not unsent(journal.parent, store), tmp_path, 120)  # the sender goes on by itself
     (found,) = mlflow.MlflowClient(store).search_runs(["1"])

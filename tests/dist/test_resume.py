@@ -164,6 +164,15 @@ def test_the_losses_are_those_of_a_plain_loop(reference: Run, plain: list[float]
     assert plain[-1] < plain[0] - 0.2
 
 
+def test_what_trains_is_sharded(reference: Run) -> None:
+    """With 40 × 4 elements and more an even number, each rank of two has half of each A and its states, and no B."""
+    for file in sorted(reference.notes.glob("*.parts")):
+        sizes = json.loads(file.read_text())
+        assert len(sizes) == 14
+        assert sum(whole for whole, *_ in sizes) == reference.summary()["trainable_parameters"]
+        assert all(own == [whole // 2] * 4 for whole, *own in sizes)
+
+
 def test_every_epoch_holds_every_row(reference: Run) -> None:
     seen = reference.seen()
     epochs = [[str(row) for s in range(start, start + EPOCH) for row in seen[s]] for start in (1, 1 + EPOCH)]

@@ -1,7 +1,8 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
-WATCH holds JSON: `folder` for the notes, and a list of the rows that were read for it, one file of each a rank;
-`not_finite`: the steps whose loss is NaN on the last rank; `infinite`: those whose gradient is infinite there;
+WATCH holds JSON: `folder` for the notes, one file a rank, with a list of the rows that were read for it, and one of the
+elements of what trains, each whole and this rank's of its gradient, master and moments;
+`not_finite`: the steps whose loss is infinite on the last rank; `infinite`: those whose gradient is infinite there;
 `signal`: [number, step], sent to the last rank by itself; `signal_in_backward`, `signal_in_update` and
 `signal_in_evaluation`: the same, later in the step, or in the evaluation after it.
 """
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from mica_ds import cli, comm
 
 
 def main() -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 
     from mica_ds import data, evaluate, trainer  # imports DeepSpeed, which wants to be started first
 
@@ -26,7 +29,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     notes = Path(watch["folder"]) / f"{comm.rank()}.jsonl"
     is_last = comm.rank() == comm.world_size() - 1
-    compute_loss = trainer.MicaTrainer.compute_loss
+    compute_loss, plain_loss = trainer.MicaTrainer.compute_loss, transformers.Trainer.compute_loss
     read = data.Sequences.__getitems__  # by which a data loader reads, and nothing else
     score, update, steps = evaluate.Evaluator.score, Zero.step, [0]
 
@@ -44,7 +47,11 @@ def main() -> None:
         loss.register_hook(lambda gradient: signal_at("signal_in_backward"))
         if is_last and step in watch.get("infinite", []):
             loss.register_hook(lambda gradient: gradient * torch.inf)
-        return loss * torch.nan if is_last and step in watch.get("not_finite", []) else loss
+        return loss
+
+    def watched_plain_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = plain_loss(self, *args, **kwargs)
+        return loss + torch.inf if is_last and steps[-1] in watch.get("not_finite", []) else loss
 
     def watched_read(self: Any, indices: list[int]) -> Any:
         with notes.with_suffix(".read").open("a") as file:
@@ -57,10 +64,18 @@ def main() -> None:
 
     def watched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         signal_at("signal_in_update")
+        if steps[-1] == 2:  # when there are moments
+            trained = [p for group in self.fp16_groups for p in group]
+            parts = [[p, safe_get_local_grad(p), safe_get_local_fp32_param(p)] for p in trained]
+            for own in parts:
+                own.extend(safe_get_local_optimizer_state(own[0], moment) for moment in ("exp_avg", "exp_avg_sq"))
+            sizes = [[p.ds_numel, *(part.numel() for part in own)] for p, *own in parts]
+            notes.with_suffix(".parts").write_text(json.dumps(sizes))
         return update(self, *args, **kwargs)
 
     Zero.step = watched_update
     evaluate.Evaluator.score = watched_score
+    transformers.Trainer.compute_loss = watched_plain_loss
     trainer.MicaTrainer.compute_loss = watched_loss
     data.Sequences.__getitems__ = watched_read
 
