@@ -54,7 +54,7 @@ def note_activations(size: int) -> None:
 
 
 def note_largest(shape: tuple[int, int]) -> None:
-    """The shape of the largest weight that is to have a basis, for the same. Local."""
+    """The shape of the largest weight that is to have a basis, for what is said where memory runs out. Local."""
     global _largest
     _largest = shape
 
@@ -106,7 +106,8 @@ def _advice(config: Config, phase: str) -> str:
         whole, factors = readable(4 * rows * columns), readable(16 * min(_largest) ** 2)
         return (
             f"a rank holds one weight and its factors at a time, {whole} (fp32) and up to {factors} for the largest "
-            f"({rows} × {columns}): run fewer ranks a node, or basis.exchange=gram"
+            f"({rows} × {columns}): run fewer ranks a node"
+            + ("" if config.basis.exchange == "gram" else ", or basis.exchange=gram")
         )
     return f"{share}: {offload}"
 

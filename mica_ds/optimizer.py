@@ -72,8 +72,8 @@ def _count_up(optimizer: Any, step: int) -> None:
     """Have DeepSpeed's Adam on the CPU make all steps up to one, on a number of no use; a second for 100,000 of them.
 
     It (0.19.8) keeps βᵗ in fp32, multiplied on at each step; told of a later step than the next, it takes a power
-    instead. The two differ in their last bit, and so 1 − β₂ᵗ in the fifth digit, and all updates from those of a run
-    that was not interrupted.
+    instead. The two differ in their last bit, and so do 1 − β₂ᵗ, in the first steps from the fifth digit on, and all
+    updates from those of a run that was not interrupted.
     """
     group, numbers = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
     settings = [group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"]]

@@ -71,6 +71,7 @@ class MicaTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
+        """The loss alone: the outputs would be for transformers' own evaluation, which never runs."""
         if self.args.parallelism_config:
             outputs = model(**inputs, labels=inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
             loss = token_loss(outputs.loss)

@@ -63,7 +63,7 @@ def test_attention_that_cannot_be_shared_is_refused(
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
-def test_packed_sequences_are_shared_where_attention_looks_at_the_positions(
+def test_packed_sequences_are_not_refused_where_attention_looks_at_the_positions(
     attention: str, tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DeepSpeed (0.19.8) gathers the positions, from which these know where a document begins."""

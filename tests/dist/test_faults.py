@@ -98,7 +98,7 @@ def test_a_rank_that_is_stopped_is_named_in_time(
         os.kill(processes[stopped].pid, signal.SIGSTOP)
         began = time.monotonic()
         assert processes[other].wait(60) == 1
-        assert time.monotonic() - began < 20  # 5 s, and 5 s in which the rank may end by itself
+        assert time.monotonic() - began < 20  # patience, 5 s in which the rank may end by itself, and a busy machine
         last = log.read_text().strip().splitlines()[-1]
         assert f"error: rank {stopped} (host {HOST}) gave no sign of life for 5 s" in last
         assert f"rank {other} (host {HOST}) was in " in last

@@ -122,7 +122,7 @@ def config(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 def reference(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Never interrupted, on two ranks, all offloaded to the CPU. Runs once for all the tests below."""
     run = Run(config, tmp_path_factory.mktemp("reference") / "run")
-    finished = run.train(2)
+    finished = run.train(2, parts=True)
     assert finished.codes == [0, 0], finished.output
     assert run.checkpoints() == [f"step-{step:06d}" for step in range(1, STEPS + 1)]
     return run
@@ -165,8 +165,10 @@ def test_the_losses_are_those_of_a_plain_loop(reference: Run, plain: list[float]
 
 
 def test_what_trains_is_sharded(reference: Run) -> None:
-    """With 40 × 4 elements and more an even number, each rank of two has half of each A and its states, and no B."""
-    for file in sorted(reference.notes.glob("*.parts")):
+    """Each rank of two has half of each A, of its gradient and of its states; and nothing else trains."""
+    files = sorted(reference.notes.glob("*.parts"))
+    assert len(files) == 2
+    for file in files:
         sizes = json.loads(file.read_text())
         assert len(sizes) == 14
         assert sum(whole for whole, *_ in sizes) == reference.summary()["trainable_parameters"]
@@ -335,7 +337,7 @@ def test_a_finished_run_is_not_trained_again(reference: Run, other: Run) -> None
 def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     """GPT-2 has dropout, so this holds only where the random states go on, too.
 
-    Of the steps within a later epoch, the 20th is one at which DeepSpeed's Adam, left to itself, would differ.
+    It goes on at step 20, within the last epoch: one of those at which DeepSpeed's Adam, left to itself, would differ.
     """
     config = write(tmp_path, tiny_model("gpt2"))
     whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
@@ -347,7 +349,11 @@ def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path)
     assert stopped.checkpoints() == ["step-000019"]
     assert not (stopped.folder / "adapter").exists()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    wait_until(lambda: client.search_runs(["1"], max_results=1)[0].info.status == "KILLED", tmp_path, 120)
+
+    def has_ended() -> bool:
+        return [run.info.status for run in client.search_runs(["1"], max_results=1)] == ["KILLED"]
+
+    wait_until(has_ended, tmp_path, 120)  # the sender goes on by itself
     resumed = stopped.train(2, "train.max_steps=24")
     assert resumed.codes == [0, 0], resumed.output
     assert stopped.losses(24) == whole.losses(24)
@@ -442,9 +448,9 @@ def test_an_interrupt(other: Run) -> None:
 @pytest.mark.parametrize(
     ("what", "allowed", "settings"),
     [
-        ("not_finite", 5, []),
+        ("infinite_loss", 5, []),
         (
-            "infinite",
+            "infinite_gradient",
             3,
             ["checkpoint.max_skipped=3", "model.dtype=bfloat16", f"deepspeed={ROOT}/configs/deepspeed/zero3.json"],
         ),
@@ -459,7 +465,7 @@ def test_steps_that_are_not_finite(what: str, allowed: int, settings: list[str],
     assert finished.output.count("its loss or gradient is not finite") == 1 + allowed
     assert other.state(good)["run"]["skipped_steps"] == allowed
     assert other.state(good)["optimizer_step"] == 4
-    lost = (3, *in_a_row) if what == "not_finite" else ()
+    lost = (3, *in_a_row) if what == "infinite_loss" else ()
     assert [math.isfinite(loss) for loss in other.losses(good)] == [step not in lost for step in range(1, last)]
     for key in ("model", "exp_avg", "exp_avg_sq"):
         tensors = [load_file(other.checkpoint(s) / f"{key}-00001.safetensors") for s in (2, 3, 4, 5, good)]

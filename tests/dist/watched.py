@@ -1,8 +1,8 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
-WATCH holds JSON: `folder` for the notes, one file a rank, with a list of the rows that were read for it, and one of the
-elements of what trains, each whole and this rank's of its gradient, master and moments;
-`not_finite`: the steps whose loss is infinite on the last rank; `infinite`: those whose gradient is infinite there;
+WATCH holds JSON: `folder` for the notes, one file a rank, and a list of the rows that were read for it;
+`parts`: whether to note the elements of what trains, each whole and this rank's of its gradient, master and moments;
+`infinite_loss`: the steps whose loss is infinite on the last rank; `infinite_gradient`: those whose gradient is;
 `signal`: [number, step], sent to the last rank by itself; `signal_in_backward`, `signal_in_update` and
 `signal_in_evaluation`: the same, later in the step, or in the evaluation after it.
 """
@@ -45,13 +45,13 @@ def main() -> None:
         signal_at("signal")
         loss = compute_loss(self, model, inputs, *args, **kwargs)
         loss.register_hook(lambda gradient: signal_at("signal_in_backward"))
-        if is_last and step in watch.get("infinite", []):
+        if is_last and step in watch.get("infinite_gradient", []):
             loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
     def watched_plain_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = plain_loss(self, *args, **kwargs)
-        return loss + torch.inf if is_last and steps[-1] in watch.get("not_finite", []) else loss
+        return loss + torch.inf if is_last and steps[-1] in watch.get("infinite_loss", []) else loss
 
     def watched_read(self: Any, indices: list[int]) -> Any:
         with notes.with_suffix(".read").open("a") as file:
@@ -64,7 +64,7 @@ def main() -> None:
 
     def watched_update(self: Any, *args: Any, **kwargs: Any) -> Any:
         signal_at("signal_in_update")
-        if steps[-1] == 2:  # when there are moments
+        if watch.get("parts") and steps[-1] == 2:  # when there are moments
             trained = [p for group in self.fp16_groups for p in group]
             parts = [[p, safe_get_local_grad(p), safe_get_local_fp32_param(p)] for p in trained]
             for own in parts:

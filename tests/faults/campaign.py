@@ -60,7 +60,7 @@ class Phase:
     survivor_in: str
     """A pattern of what the other rank was in when it heard."""
     is_of_rank_0: bool = False
-    """Whether rank 0 works alone: the others wait for it, and it may come to the end without them."""
+    """Whether rank 0 works alone, and the others wait for it."""
 
 
 def _said(what: str, times: int = 1) -> Sight:
@@ -185,10 +185,9 @@ class Campaign:
     def try_moment(self, moment: Moment, name: str) -> Outcome:
         """Disturb a run, start it again until it ends well, and compare it."""
         run = self._folder / name
-        seconds, codes, output = self._disturb(run, moment)
+        is_over, seconds, codes, output = self._disturb(run, moment)
         heard = re.search(r"rank \d \(host [^)]*\) was in (.*), and ends", output)
         survivor_in = heard[1] if heard else ""
-        over = _is_over(moment, run, output)
         left = sorted(str(path.relative_to(run)) for path in run.rglob("*.partial"))
         resumed_from: list[int] = []
         differences = (float("nan"), float("nan"))
@@ -196,7 +195,7 @@ class Campaign:
         try:
             resumed_from = self._start_to_the_end(run)
             differences = self._compare(run, faults)
-            if over or not _is_hit(moment, survivor_in, resumed_from[0]):
+            if is_over or not _is_hit(moment, survivor_in, resumed_from[0]):
                 faults.append(f"came beside {moment.phase}")
         except RuntimeError as error:
             faults.append(str(error))
@@ -208,13 +207,15 @@ class Campaign:
             arguments = ["train", str(self._config), f"output_dir={run}", f"data.cache={run}-cache"]
             return launch_ranks(RANKS, arguments, program, file, OMP_NUM_THREADS="1"), log
 
-    def _disturb(self, run: Path, moment: Moment) -> tuple[float, list[int], str]:
+    def _disturb(self, run: Path, moment: Moment) -> tuple[bool, float, list[int], str]:
+        """Send the signal, and return whether its phase had ended, how long the ranks took to end, codes and output."""
         processes, log = self._start(run, "tests.faults.slow")
         phase = PHASES[moment.phase]
         try:
             while not phase.has_begun(run, log.read_text()) and all(process.poll() is None for process in processes):
                 time.sleep(0.002)
             time.sleep(moment.delay)
+            is_over = phase.has_ended(run, log.read_text())
             started = time.monotonic()
             for rank in moment.ranks:
                 processes[rank].send_signal(moment.signal)
@@ -226,7 +227,7 @@ class Campaign:
         finally:
             for process in processes:
                 process.kill()
-        return seconds, [process.wait() for process in processes], log.read_text()
+        return is_over, seconds, [process.wait() for process in processes], log.read_text()
 
     def _start_to_the_end(self, run: Path, attempts: int = 3) -> list[int]:
         """Give the command until it ends well, and return where each start went on from."""
@@ -272,13 +273,6 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
     elif not output.strip().splitlines()[-1].startswith(f"error: rank {moment.ranks[0]} (host"):
         faults.append("the lost rank was not named at last")
     return faults
-
-
-def _is_over(moment: Moment, run: Path, output: str) -> bool:
-    """Whether the phase had ended already, by what the run has left. Rank 0 ends its own without a lost rank."""
-    phase = PHASES[moment.phase]
-    may_end = moment.signal in SIGNALS or (phase.is_of_rank_0 and moment.ranks != [0])
-    return phase.has_ended(run, output) and not may_end
 
 
 def _is_hit(moment: Moment, survivor_in: str, resumed_from: int) -> bool:

@@ -1,4 +1,4 @@
-"""The quick part of the campaign: four of its moments, on a tiny model."""
+"""The quick part of the campaign: three of its moments, on a tiny model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +18,7 @@ def campaign(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize(
     "moment",
     [
-        Moment("forward", 0.0, [1]),
-        Moment("update", 0.1, [0]),
+        Moment("update", 0.1, [1]),
         Moment("writing a checkpoint", 0.002, [0]),
         Moment("recording", 0.0, [0]),
     ],
