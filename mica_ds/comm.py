@@ -241,7 +241,7 @@ def _is_speaker(error: UserError) -> bool:
     return is_main() or not error.agreed
 
 
-class _PeerError(RuntimeError):
+class PeerError(RuntimeError):
     """What another rank has raised."""
 
 
@@ -263,7 +263,7 @@ def failing_together() -> Iterator[None]:
         return
     is_user_error, message = theirs[first]
     if not is_user_error:
-        raise error or _PeerError(f"rank {first} failed: {message}")
+        raise error or PeerError(f"rank {first} failed: {message}")
     raise UserError(message, agreed=True) from None
 
 
@@ -304,7 +304,7 @@ def _end(error: BaseException) -> int:
         barrier()  # a launcher kills the others when the first exits, and would return their code
     if _watchdog is not None and not is_agreed:
         # What gloo or torch's store raise where a peer has gone names no rank; the watchdog soon knows which it was.
-        is_about_a_peer = isinstance(error, dist.DistError | _PeerError) or "gloo/transport" in str(error)
+        is_about_a_peer = isinstance(error, dist.DistError | PeerError) or "gloo/transport" in str(error)
         if is_about_a_peer and (verdict := _watchdog.verdict_on_another()):
             return verdict.code
         first_line = f"{type(error).__name__}: {error}".split("\n")[0]

@@ -37,8 +37,8 @@ def explained(config: Config) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
+        if isinstance(error, comm.PeerError) or not _is_out_of_memory(error):
+            raise  # what another rank ran out of, that one explains
         modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
         phase = next((phase for module, phase in _PHASES.items() if module in modules), "working")
         found = re.search(r"allocate (\d+) bytes", str(error)) or re.search(r"allocate ([\d.]+ \wiB)", str(error))

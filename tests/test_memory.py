@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mica_ds.comm import PeerError
 from mica_ds.config import load_config
 from mica_ds.errors import UserError
 from mica_ds.memory import explained
@@ -37,3 +38,9 @@ def test_running_out_of_memory_is_one_sentence(error: Exception, tiny_config: Ca
 def test_another_error_stays_what_it_is(tiny_config: Callable[..., Path]) -> None:
     with pytest.raises(RuntimeError, match="illegal memory access"), explained(load_config(tiny_config())):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_another_ranks_lack_of_memory_is_not_this_ones(tiny_config: Callable[..., Path]) -> None:
+    said = "rank 1 failed: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to"
+    with pytest.raises(PeerError, match="rank 1 failed"), explained(load_config(tiny_config())):
+        raise PeerError(said)
