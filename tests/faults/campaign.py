@@ -61,6 +61,8 @@ class Phase:
     """A pattern of what the other rank was in when it heard."""
     is_of_rank_0: bool = False
     """Whether rank 0 works alone, and the others wait for it."""
+    left: str = ""
+    """What rank 0 leaves unfinished there when it is killed."""
 
 
 def _said(what: str, times: int = 1) -> Sight:
@@ -99,16 +101,18 @@ PHASES = {
         1.5,
         _exists(_FIRST),
         (0, SAVE_EVERY),
-        r"mica_ds\.checkpoint\.(_write_states|save_checkpoint|_sync_and_hash)\S*, step 2$",
+        r"mica_ds\.checkpoint\._write\S*, step 2$",
         is_of_rank_0=True,
+        left=f"{_FIRST}.partial",
     ),
     "exporting": Phase(
         _exists("adapter.partial"),
         0.1,
         _exists("adapter"),
         (STEPS,),
-        r"mica_ds\.(export|checkpoint|shelf|files)\.\S+$",
+        r"mica_ds\.export\.\S+$",
         is_of_rank_0=True,
+        left="adapter.partial",
     ),
     "recording": Phase(
         _exists("adapter"),
@@ -195,7 +199,7 @@ class Campaign:
         try:
             resumed_from = self._start_to_the_end(run)
             differences = self._compare(run, faults)
-            if is_over or not _is_hit(moment, survivor_in, resumed_from[0]):
+            if is_over or not _is_hit(moment, survivor_in, left, resumed_from[0]):
                 faults.append(f"came beside {moment.phase}")
         except RuntimeError as error:
             faults.append(str(error))
@@ -275,12 +279,14 @@ def _faults_of_the_end(moment: Moment, seconds: float, codes: list[int], output:
     return faults
 
 
-def _is_hit(moment: Moment, survivor_in: str, resumed_from: int) -> bool:
-    """Whether the other rank was in the phase, too, and what was gone on from is of before it."""
+def _is_hit(moment: Moment, survivor_in: str, left: list[str], resumed_from: int) -> bool:
+    """Whether the other rank was in the phase, too, and what was left and gone on from is of it."""
     phase = PHASES[moment.phase]
     if moment.signal in SIGNALS:
         return resumed_from == SAVE_EVERY + 1  # the end of the step that they came in
     waits = phase.is_of_rank_0 and moment.ranks == [0]
+    if waits and phase.left and left != [phase.left]:
+        return False
     expected = r"^torch\.distributed\.all_gather, called from mica_ds\." if waits else phase.survivor_in
     return resumed_from in phase.resumed_from and re.search(expected, survivor_in) is not None
 
