@@ -95,6 +95,7 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
     model = _first_layers(settings, adapter, batch, 1)
     with _without_data(model):
         is_tiled = tile_loss(model, tile)
+        trains = any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
 
         def begin(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             handle.remove()
@@ -103,7 +104,7 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
         handle = model.get_output_embeddings().register_forward_pre_hook(begin)
         with _Live(model) as live:
             loss = model(**_inputs(batch), use_cache=False).loss
-            if not is_tiled:  # the tiled loss makes its gradient in the forward
+            if not is_tiled or trains:  # else the gradient is made with the loss
                 loss.backward()
     return live.peak
 

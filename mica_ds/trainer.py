@@ -166,7 +166,7 @@ def build_trainer(
     goes on takes the facts from the checkpoint instead.
     """
     if not tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU):
-        comm.say("loss: the logits of a micro-batch are made whole, since the output head trains or bends them")
+        comm.say("loss: the logits of a micro-batch are made whole, since the model bends them")
     return MicaTrainer(
         model=model,
         args=args,
