@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 # Logits of a tile. On a CPU 28 MiB in fp32: for 32 MiB and more glibc takes new pages each time (measured: tiles of
 # 64 MiB take 20 % longer, and much smaller ones, too).
-TILE_ON_CPU, TILE_ON_GPU = 7 << 20, 1 << 24
+TILE_ON_CPU, TILE_ON_GPU = 7 << 20, 1 << 26
 _IGNORED = -100  # the label of tokens that are not predicted, as in transformers
 _CAPPED = ("gemma2", "gemma3_text", "gemma4_text", "nanochat", "vaultgemma")
 """Models that cap their logits after the head, but not where `final_logit_softcapping` is None (transformers 5.23)."""

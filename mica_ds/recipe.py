@@ -52,7 +52,7 @@ from mica_ds.shards import CheckpointSource, PartitionSource, WeightSource
 from mica_ds.shelf import check_origin, read_state, writing
 from mica_ds.suites import Marks, compare_suites, load_suites, score_suites
 from mica_ds.tracking import Tracker
-from mica_ds.trainer import build_trainer, inference_engine
+from mica_ds.trainer import build_trainer, check_liger, inference_engine
 from mica_ds.weights import open_checkpoint
 
 
@@ -63,6 +63,7 @@ def train(config: Config) -> None:
     with comm.failing_together():
         check_parallelism(config, read_model_config(config.model.path))
         check_packing(config)
+        check_liger(config)
     # Before `training_arguments`, after which every model is partitioned. A finished run has fitted already, and may
     # have come to a smaller machine: it is warned alone.
     check_capacity(config.model_copy(update={"capacity": "warn"}) if (folder / SUMMARY).exists() else config)

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,16 +12,20 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from mica_ds import comm
+from mica_ds.adapter import target_modules
 from mica_ds.callback import RunCallback, heed_signals
 from mica_ds.checkpoint import adapter_norms, restore_optimizer, save_checkpoint
 from mica_ds.config import Config
 from mica_ds.data import Sequences
+from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.fingerprint import WEIGHTS
 from mica_ds.loss import TILE_ON_CPU, TILE_ON_GPU, tile_loss
 from mica_ds.meter import Meter
+from mica_ds.model import load_skeleton
 from mica_ds.parallelism import collator, mask_evaluation, share_batches, token_loss
 from mica_ds.shelf import read_state
 from mica_ds.tracking import Tracker
@@ -165,7 +170,7 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
-    if not tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU):
+    if not args.use_liger_kernel and not tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU):
         comm.say("loss: the logits of a micro-batch are made whole, since the model bends them")
     return MicaTrainer(
         model=model,
@@ -179,6 +184,22 @@ def build_trainer(
         frozen=frozen,
         facts=facts,
     )
+
+
+def check_liger(config: Config) -> None:
+    """Refuse `train.use_liger_kernel` where Liger is missing or would be wrong. Local. Raises: UserError."""
+    if not config.train.get("use_liger_kernel"):
+        return
+    if not is_liger_kernel_available() or find_spec("triton") is None:
+        raise UserError("train.use_liger_kernel: install liger-kernel (see the README), beside a torch with Triton")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # 0.8.5
+
+    model = load_skeleton(config.model)
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # transformers would go on without
+        raise UserError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type} models")
+    adapted = target_modules(model, config.adapter).values() if config.adapter.method != "full" else []
+    if model.get_output_embeddings() in adapted:
+        raise UserError("train.use_liger_kernel: Liger leaves out the output head's adapter; see adapter.targets")
 
 
 def inference_engine(config: Config, model: nn.Module, args: TrainingArguments) -> nn.Module:

@@ -50,7 +50,6 @@ _UNSUPPORTED = {
     "ignore_data_skip": "a resumed run goes on at the next sample",
     "hub_token": f"{_HUB}, and a token would be kept in the run folder",
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push"), _HUB),
-    "use_liger_kernel": "the loss is made by tiles already",
     "label_smoothing_factor": "the loss is that of the labels alone",
     "average_tokens_across_devices": "the loss is always the mean over the predicted tokens of all ranks",
     **dict.fromkeys(("optim", "optim_args", "optim_target_modules"), "the JSON of `deepspeed` names the optimizer"),

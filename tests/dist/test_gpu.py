@@ -75,6 +75,13 @@ def test_it_goes_on_with_what_the_cpu_has_saved(config: Path, on_the_cpu: Run, t
     assert again.losses() == pytest.approx(on_the_cpu.losses(), rel=1e-4)
 
 
+def test_ligers_kernels(config: Path, on_the_cpu: Run, tmp_path: Path) -> None:
+    pytest.importorskip("liger_kernel", reason="install liger-kernel==0.8.5")
+    run = Run(config, tmp_path / "run")
+    train(run, 1, "train.use_liger_kernel=true")
+    assert run.losses() == pytest.approx(on_the_cpu.losses(), rel=1e-4)
+
+
 @pytest.mark.parametrize("start", [0, 7])
 def test_a_fingerprint_is_the_same_wherever_the_weight_lies(start: int) -> None:
     values = torch.randn(300 * (1 << 16) + 3).bfloat16()

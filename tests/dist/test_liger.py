@@ -1,0 +1,70 @@
+"""Liger's fused loss in training's place for it, under ZeRO-3: on the CPU by Triton's interpreter."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ..conftest import ROOT, Finished, start_fresh_ranks
+
+LIGER = ROOT / ".venv/liger"
+MISSING = "install --no-deps --target .venv/liger liger-kernel==0.8.5 triton==3.9.0"
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(not LIGER.is_dir(), reason=f".venv/bin/python -m pip {MISSING}")]
+
+# The interpreter (triton 3.9) runs the loss alone, without a cap.
+LOSS = "train.liger_kernel_config={fused_linear_cross_entropy: true, rope: false, rms_norm: false, swiglu: false}"
+
+
+def train(config: Path, folder: Path, *overrides: str, **variables: str) -> Finished:
+    arguments = [f"output_dir={folder}", "evaluate.questions=null", "evaluate.retention=null", *overrides]
+    return start_fresh_ranks(
+        2, ["train", str(config), *arguments], "mica_ds", PYTHONPATH=f"{LIGER}:{ROOT}", **variables
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    journal = [json.loads(line) for line in (folder / "journal.jsonl").open()]
+    return [entry["values"]["loss"] for entry in journal if "loss" in entry.get("values", {})]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["adapter.method=full"], marks=pytest.mark.slow),
+        pytest.param(["data.sequence_parallel=2", "data.pack=false"], marks=pytest.mark.slow),
+    ],
+)
+def test_it_gives_the_losses_of_the_tiled_one(
+    overrides: list[str], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config(train={"max_steps": 2})
+    liger = ["train.use_liger_kernel=true", LOSS, *overrides]
+    finished = train(config, tmp_path / "liger", *liger, TRITON_INTERPRET="1")
+    assert finished.codes == [0, 0], finished.output
+    finished = train(config, tmp_path / "tiled", *overrides)
+    assert finished.codes == [0, 0], finished.output
+    assert len(losses(tmp_path / "tiled")) == 2
+    assert losses(tmp_path / "liger") == pytest.approx(losses(tmp_path / "tiled"), rel=1e-5)
+
+
+def test_its_kernels_are_what_runs(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    finished = train(tiny_config(), tmp_path / "run", "train.use_liger_kernel=true", LOSS)
+    assert finished.codes == [1, 1]
+    assert "0 active drivers" in finished.output  # there is no GPU here, and nothing that interprets
+
+
+@pytest.mark.parametrize(
+    ("architecture", "override", "message"),
+    [
+        ("gpt2", "adapter.r=4", "Liger has no kernels for gpt2 models"),
+        ("llama", "adapter.targets=[q_proj, lm_head]", "Liger leaves out the output head's adapter"),
+    ],
+)
+def test_what_it_would_not_compute_is_refused(
+    architecture: str, override: str, message: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    finished = train(tiny_config(architecture), tmp_path / "run", "train.use_liger_kernel=true", override)
+    assert finished.codes == [2, 2]
+    assert message in finished.output
