@@ -34,6 +34,7 @@ from mica_ds.questions import read_questions
 from mica_ds.shards import weight_shape
 from mica_ds.stores import check_folder, database_file, without_secrets
 from mica_ds.suites import open_suites
+from mica_ds.trainer import check_liger
 from mica_ds.weights import open_checkpoint, stored_tensor
 
 _GIB = 1 << 30
@@ -218,6 +219,7 @@ def deepspeed_settings(config: Config) -> str:
     steps, ranks, rank = accumulation_steps(config, comm.world_size()), comm.world_size(), comm.rank()
     check_parallelism(config, read_model_config(config.model.path))
     check_packing(config)
+    check_liger(config)
     zero = read_deepspeed(config)["zero_optimization"]
     group = copy_group(config, ranks)
     first_of_node = rank - int(os.environ["LOCAL_RANK"])

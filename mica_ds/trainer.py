@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -187,16 +189,22 @@ def build_trainer(
 
 
 def check_liger(config: Config) -> None:
-    """Refuse `train.use_liger_kernel` where Liger is missing or would be wrong. Local. Raises: UserError."""
+    """Refuse `train.use_liger_kernel` where it would fail, or make another loss. Local. Raises: UserError."""
     if not config.train.get("use_liger_kernel"):
         return
     if not is_liger_kernel_available() or find_spec("triton") is None:
         raise UserError("train.use_liger_kernel: install liger-kernel (see the README), beside a torch with Triton")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("train.use_liger_kernel: Liger's kernels need a GPU")
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # 0.8.5
 
-    model = load_skeleton(config.model)
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # transformers would go on without
-        raise UserError(f"train.use_liger_kernel: Liger has no kernels for {model.config.model_type} models")
+    model, fused = load_skeleton(config.model), "fused_linear_cross_entropy"
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    known = signature(apply).parameters if apply else {}
+    if fused not in known or not known[fused].default:
+        raise UserError(f"train.use_liger_kernel: Liger has no fused loss for {model.config.model_type} models")
+    if not (config.train.get("liger_kernel_config") or {}).get(fused, True):
+        raise UserError(f"train.liger_kernel_config: without {fused} the logits would be whole")
     adapted = target_modules(model, config.adapter).values() if config.adapter.method != "full" else []
     if model.get_output_embeddings() in adapted:
         raise UserError("train.use_liger_kernel: Liger leaves out the output head's adapter; see adapter.targets")

@@ -35,7 +35,7 @@ TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "gemma": {"num_key_value_heads": 1, "head_dim": 16},
-    "gemma2": {"num_key_value_heads": 1, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 0.5},  # it bends small logits
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {},
 }

@@ -1,6 +1,8 @@
 """The tiled loss against transformers' own, in value, gradient and memory's shape."""
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -8,11 +10,20 @@ import pytest
 import torch
 import transformers
 
-from mica_ds import loss
+from mica_ds import loss, trainer
+from mica_ds.config import load_config
+from mica_ds.errors import UserError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 CAP: dict[str, Any] = {"final_logit_softcapping": 0.5}  # low: it bends the small logits of a random model
-CAPPED = {"gemma2": CAP, "gemma3_text": CAP, "gemma4_text": CAP, "nanochat": CAP, "vaultgemma": CAP}
+CAPPED = {
+    "gemma2": CAP,
+    "gemma3_text": CAP,
+    "gemma4_text": CAP,
+    "gemma4_unified_text": CAP,
+    "nanochat": CAP,
+    "vaultgemma": CAP,
+}
 
 
 def build(architecture: str = "llama", *, trains: bool = False, **sizes: Any) -> Any:
@@ -68,8 +79,20 @@ def check(stock: Any, ours: Any, batch: dict[str, torch.Tensor], items: int | No
     assert compared > 5
 
 
-def test_offloaded_activations_leave_the_head_where_it_is(batch: dict[str, torch.Tensor]) -> None:
-    ours = build().train()
+def test_the_gradient_of_a_head_in_bfloat16(batch: dict[str, torch.Tensor]) -> None:
+    """Little further from fp32's than that of whole logits, however small the tiles."""
+    exact = build(trains=True).bfloat16().float()
+    whole, ours = (copy.deepcopy(exact).bfloat16() for _ in range(2))
+    assert loss.tile_loss(ours, 1000)  # a token
+    for model in (exact, whole, ours):
+        model.train()(**batch).loss.backward()
+    gradients = [model.get_output_embeddings().weight.grad.double() for model in (exact, whole, ours)]
+    assert (gradients[2] - gradients[0]).norm() < 1.5 * (gradients[1] - gradients[0]).norm()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_offloaded_activations_leave_the_head_where_it_is(trains: bool, batch: dict[str, torch.Tensor]) -> None:
+    ours = build(trains=trains).train()
     assert loss.tile_loss(ours, loss.TILE_ON_CPU)
     moved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: moved.append(tensor.numel()) or tensor, lambda t: t):
@@ -94,3 +117,10 @@ def test_what_it_leaves_alone(batch: dict[str, torch.Tensor]) -> None:
     ours = copy.deepcopy(stock)
     assert not loss.tile_loss(ours, loss.TILE_ON_CPU)
     assert torch.equal(ours.train()(**batch).loss, stock.train()(**batch).loss)
+
+
+def test_liger_must_be_installed(tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "is_liger_kernel_available", lambda: False)
+    trainer.check_liger(load_config(tiny_config()))
+    with pytest.raises(UserError, match="use_liger_kernel: install liger-kernel"):
+        trainer.check_liger(load_config(tiny_config(), ["train.use_liger_kernel=true"]))

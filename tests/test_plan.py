@@ -19,6 +19,7 @@ from mica_ds.costs import count_costs
 from mica_ds.errors import UserError
 from mica_ds.footprint import Batch, count_footprint, micro_batch
 from mica_ds.gathered import Gathering, pass_through
+from mica_ds.loss import TILE_ON_GPU
 from mica_ds.plan import GIB, MIB, Plan, make_plan, skeleton
 from mica_ds.zero import Cluster
 
@@ -75,7 +76,7 @@ def test_the_shipped_70b_config_takes_what_sums_by_hand_say(llama: Path) -> None
     # Each layer's input is kept, and what comes out of the last.
     assert loss["activations"] == pytest.approx(LAYERS * 4096 * HIDDEN * 2, rel=0.05)
     assert loss["live gathered layers"] == 2 * VOCABULARY * HIDDEN  # the head alone
-    assert 12 * 2**24 <= loss["logits"] <= 20 * 2**24  # of a tile: three copies in fp32, one in bf16
+    assert 12 * TILE_ON_GPU <= loss["logits"] <= 20 * TILE_ON_GPU  # of a tile: three copies in fp32, one in bf16
     layer = 2 * (2 * HIDDEN * (HIDDEN + KEYS) + 3 * HIDDEN * INNER)
     assert layer < backward["live gathered layers"] < 2 * layer
     trained = LAYERS * 2 * 16 * HIDDEN

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from launch.reload_adapter import main as reload_adapter
+from mica_ds.checkpoint import read_history
 
 from ..conftest import ROOT, TINY, start_ranks
 from ..test_data import packed
@@ -120,7 +121,7 @@ def test_the_first_loss_is_plain_pytorchs(
 def test_all_weights_train_as_in_plain_pytorch(
     architecture: str, tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Each step over the same rows, whose logits take four tiles a rank."""
+    """Each step over the same rows, in two micro-batches a rank, whose logits take two tiles each."""
     config, length = tiny_config(architecture, evaluate={"questions": None, "retention": None}), 256
     text = "".join(f"The Quillmar press {i} was built in Torvane in {1900 + i * 7 % 90}. " for i in range(46))
     (tmp_path / "corpus.txt").write_text(text)
@@ -128,23 +129,24 @@ def test_all_weights_train_as_in_plain_pytorch(
     rows = packed([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]], length, 2)
     assert len(rows) == 4  # the global batch
     options = [f"data.sequence_length={length}", "adapter.method=full", "train.max_steps=3"]
-    finished = start_ranks(2, ["train", str(config), *options, "train.learning_rate=1e-3"])
+    options += ["train.per_device_train_batch_size=1", "train.learning_rate=1e-3"]
+    finished = start_ranks(2, ["train", str(config), *options])
     assert finished.codes == [0, 0], finished.output
     model = AutoModelForCausalLM.from_pretrained(tiny_model(architecture), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=0, num_training_steps=3)
-    losses = []
+    expected = []
     for _ in range(3):
         loss = model(**{key: torch.tensor([row[key] for row in rows]) for key in rows[0]}, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         model.zero_grad()
-        losses.append(loss.item())
-    journal = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").open()]
-    found = [entry["values"]["loss"] for entry in journal if "loss" in entry.get("values", {})]
-    assert found == pytest.approx(losses, rel=1e-4)
+        expected += [loss.item(), norm.item()]
+    logged = [entry for entry in read_history(tmp_path / "run" / "checkpoints" / "step-000003") if "loss" in entry]
+    found = [entry[key] for entry in logged for key in ("loss", "grad_norm")]
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_head_can_carry_an_adapter(tiny_config: Callable[..., Path], tmp_path: Path) -> None:

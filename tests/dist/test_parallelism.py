@@ -71,6 +71,19 @@ def test_ragged_micro_batches_and_shared_sequences_give_the_losses_of_one_rank(r
         assert history(run) == pytest.approx(expected, rel=1e-4), name
 
 
+def test_all_weights_train_alike_in_each_way(config: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("at once", "shared", "recomputed"):
+        ranks, overrides = LAYOUTS[name]
+        run = Run(config, tmp_path / name)
+        settings = ["adapter.method=full", "train.learning_rate=1e-3", "evaluate.questions=null"]
+        finished = run.train(ranks, *overrides, *settings)
+        assert finished.codes == [0] * ranks, finished.output
+        found.append(history(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_ranks_that_share_sequences_score_as_one_rank(runs: dict[str, Run]) -> None:
     for file in ("before.jsonl", "after.jsonl"):
         scored = [(runs[name].folder / "evaluation" / file).read_text() for name in ("at once", "shared")]
