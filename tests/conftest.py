@@ -39,6 +39,8 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {},
 }
+# Each with every attention that it has: for Gemma 2 transformers (5.23) refuses sdpa.
+ATTENTIONS = [(name, way) for name in TINY for way in ("sdpa", "eager") if (name, way) != ("gemma2", "sdpa")]
 # Sizes that let the partitions of 3 and 4 ranks cut rows.
 SIZES = {"hidden_size": 40, "intermediate_size": 70, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT2_SIZES = {"n_embd": 40, "n_layer": 2, "n_head": 4}

@@ -18,7 +18,7 @@ from mica_ds.data import Sequences, Texts, _shuffled, cut_rows, make_row, mix
 from mica_ds.documents import read_documents
 from mica_ds.tokens import Tokens
 
-from .conftest import TINY
+from .conftest import ATTENTIONS
 
 PADDING = -1
 
@@ -111,8 +111,7 @@ def test_rows_are_cut_without_a_copy_of_every_token(pack: bool, monkeypatch: pyt
     assert peak < len(tokens.ids)  # 8 bytes each as an int64
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize(("architecture", "attention"), ATTENTIONS)
 def test_packed_documents_do_not_see_each_other(
     architecture: str, attention: str, tiny_model: Callable[[str], Path]
 ) -> None:

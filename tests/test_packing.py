@@ -12,13 +12,12 @@ from mica_ds.config import load_config
 from mica_ds.errors import UserError
 from mica_ds.packing import check_packing, check_separation
 
-from .conftest import TINY
+from .conftest import ATTENTIONS
 
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize(("architecture", "attention"), ATTENTIONS)
 def test_decoders_keep_documents_apart(
     architecture: str,
     attention: str,
