@@ -146,7 +146,7 @@ def _sum_round(
     for G_KK in sums:
         if G_KK is not None:
             with suppress(*symmetric.FAILURES):  # then there are no columns to multiply
-                mine = factor.factor_gram(G_KK, r, tolerance=1e-8)  # no corrections follow
+                mine = factor.factor_gram(G_KK, r, is_refined=False)
     for i in batch:
         is_mine = owners[i] == comm.rank()
         nothing = torch.empty(shards[i].matrix.stored_shape[1], 0, dtype=torch.float64)

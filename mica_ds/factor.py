@@ -77,7 +77,7 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
 
 # Operations (bytes) a second of one core, and how often a solve reads its factor: measured, see tests/benchmarks.
 _RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
-_PASSES = {"lu": 40, "gram": 40}
+_PASSES = {"lu": 40, "gram": 25}
 
 
 def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
@@ -91,27 +91,33 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
         width = block_width(r)
         steps = min(8, k // 2 // width)
         start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
-        return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ.double()).Q, factor)
+        return _factored(largest, inverse, start_KQ, factor)
     G_KK = gram(T_KL)
     if factor == "gram":
-        return factor_gram(G_KK, r, tolerance=1e-6)
+        return factor_gram(G_KK, r, is_refined=True)
     largest = _largest_of_gram(G_KK)
     minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
-    return Factored(largest**0.5, _cholesky_inverse(G_KK, largest), torch.linalg.qr(minor).Q, factor)
+    return _factored(largest, _cholesky_inverse(G_KK, largest), minor, factor)
 
 
-def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
+def factor_gram(G_KK: torch.Tensor, r: int, is_refined: bool) -> Factored:
     """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough), and find a start.
 
-    On the host it is done in the Gram's own memory. `r` is at most K / 32; `tolerance` is that of the residuals,
-    relative to the inverse's eigenvalues.
+    On the host it is done in the Gram's own memory. `r` is at most K / 32. Where corrections through T follow
+    (`is_refined`), a rougher start is enough, for which the host iterates in fp32.
     """
     k, width = len(G_KK), block_width(r)
     largest = _largest_of_gram(G_KK)
-    inverse = _cholesky_inverse(G_KK, largest)
-    start = random_normal(k, width, seed=0).to(G_KK)
+    inverse = _cholesky_inverse(G_KK, largest, may_round=is_refined)
+    start = inverse(random_normal(k, width, seed=0).to(G_KK))  # in the dtype of the factor
+    tolerance = 1e-5 if is_refined else 1e-8
     start_KQ = _krylov(inverse, start, r + 1, tolerance, steps=max(1, k // 2 // width), first_check=8)[1]
-    return Factored(largest**0.5, inverse, torch.linalg.qr(start_KQ).Q, "gram")
+    return _factored(largest, inverse, start_KQ, "gram")
+
+
+def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor: Factor) -> Factored:
+    start_KQ = torch.linalg.qr(start_KQ.double()).Q
+    return Factored(largest**0.5, lambda X: inverse(X).double(), start_KQ, factor)
 
 
 def gram(T_KL: torch.Tensor) -> torch.Tensor:
@@ -122,20 +128,20 @@ def gram(T_KL: torch.Tensor) -> torch.Tensor:
     return G_KK
 
 
-def _cholesky_inverse(G_KK: torch.Tensor, largest: float) -> Operator:
-    """X → (G + δ)⁻¹ X; G is factored when it is first needed."""
+def _cholesky_inverse(G_KK: torch.Tensor, largest: float, may_round: bool = False) -> Operator:
+    """X → (G + δ)⁻¹ X, see `symmetric.inverse`; G is factored when it is first needed."""
 
     @functools.cache
     def factored() -> Operator:
         # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
         G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
-        return symmetric.inverse(G_KK)
+        return symmetric.inverse(G_KK, may_round)
 
     return lambda X: factored()(X)
 
 
 def _lu_inverse(T_KK: torch.Tensor) -> Operator:
-    """Factor a square T, fp32, in its own memory. LAPACK works on columns, so it sees the transpose."""
+    """X → (T Tᵀ)⁻¹ X in fp32; T is factored in its own memory. LAPACK works on columns, so it sees the transpose."""
     LU_KK, pivots = (torch.from_numpy(a) for a in scipy.linalg.lapack.sgetrf(T_KK.numpy().T, overwrite_a=True)[:2])
     diagonal = LU_KK.diagonal().abs()
     if diagonal.min() <= torch.finfo(torch.float32).eps ** 0.5 * diagonal.max():
@@ -143,8 +149,7 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
     pivots += 1  # torch counts from 1
 
     def inverse(X: torch.Tensor) -> torch.Tensor:
-        Y = torch.linalg.lu_solve(LU_KK, pivots, X.float(), adjoint=True)
-        return torch.linalg.lu_solve(LU_KK, pivots, Y).to(X.dtype)
+        return torch.linalg.lu_solve(LU_KK, pivots, torch.linalg.lu_solve(LU_KK, pivots, X.float(), adjoint=True))
 
     return inverse
 

@@ -41,8 +41,11 @@ def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scipy.linalg.blas.dsymm(1.0, G_KK.numpy(), X_KQ.numpy(), lower=True))
 
 
-def inverse(G_KK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """X → G⁻¹ X by Cholesky; on the host in G's own memory. Raises: LinAlgError where G is not positive definite."""
+def inverse(G_KK: torch.Tensor, may_round: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
+    """X → G⁻¹ X by Cholesky; on the host in G's own memory. Raises: LinAlgError where G is not positive definite.
+
+    With `may_round` the host keeps its factor in fp32, and solves so, unless the pivots lie too far apart for that.
+    """
     if not on_host(G_KK):
         L_KK = torch.linalg.cholesky(G_KK)
         # A triangular solve of few columns leaves a GPU idle, row after row: the factor is inverted, once.
@@ -53,12 +56,25 @@ def inverse(G_KK: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     if failed:
         raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
     lower_KK = torch.from_numpy(factor)
+    pivots = lower_KK.diagonal()
+    if may_round and pivots.min() > torch.finfo(torch.float32).eps ** 0.5 * pivots.max():
+        lower_KK = _round(lower_KK)
 
     def solve(X_KQ: torch.Tensor) -> torch.Tensor:
-        Y_KQ = torch.linalg.solve_triangular(lower_KK, X_KQ, upper=False)
+        Y_KQ = torch.linalg.solve_triangular(lower_KK, X_KQ.to(lower_KK.dtype), upper=False)
         return torch.linalg.solve_triangular(lower_KK.T, Y_KQ, upper=True)
 
     return solve
+
+
+def _round(A_KK: torch.Tensor) -> torch.Tensor:
+    """A column-major fp64 matrix in fp32, in the first half of its own memory: a solve reads half the bytes."""
+    fp64 = A_KK.T.view(-1)
+    fp32 = fp64.view(torch.float32)
+    for start in range(0, len(fp64), 1 << 20):  # what is written has been read before
+        part = slice(start, start + (1 << 20))
+        fp32[: len(fp64)][part] = fp64[part].float()
+    return fp32[: len(fp64)].view_as(A_KK).T
 
 
 def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> torch.Tensor:
