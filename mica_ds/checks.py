@@ -27,7 +27,7 @@ from mica_ds.documents import PDF, Broken, Document, find_files, read, read_docu
 from mica_ds.errors import UserError
 from mica_ds.links import device
 from mica_ds.memory import readable
-from mica_ds.model import load_skeleton, load_tokenizer, read_model_config
+from mica_ds.model import load_skeleton, load_tokenizer
 from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism
 from mica_ds.questions import read_questions
@@ -217,7 +217,7 @@ def _ask(uri: str) -> None:
 def deepspeed_settings(config: Config) -> str:
     """Whether the settings go with this number of ranks, and with how they lie on the nodes."""
     steps, ranks, rank = accumulation_steps(config, comm.world_size()), comm.world_size(), comm.rank()
-    check_parallelism(config, read_model_config(config.model.path))
+    check_parallelism(config)
     check_packing(config)
     check_liger(config)
     zero = read_deepspeed(config)["zero_optimization"]

@@ -35,10 +35,11 @@ _turns = itertools.count()
 Work = dist.Work | None
 
 
-def start() -> None:
+def start(is_watched: bool = False) -> None:
     """Join the process group of the launcher, or become a group of one. Collective.
 
     The rank comes from RANK, WORLD_SIZE and LOCAL_RANK (deepspeed, torchrun, accelerate) or from srun's variables.
+    Once the ranks have met and are watched, this one ends soon after another has failed, ended or fallen silent.
     Raises: UserError where the ranks do not meet in the minutes that DeepSpeed gives them (DEEPSPEED_TIMEOUT, 10).
     """
     global _group
@@ -58,11 +59,13 @@ def start() -> None:
     try:
         with redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        if is_watched and world_size() > 1:
+            _watch()
     except (dist.DistNetworkError, dist.DistStoreError) as error:  # not NCCL's own, which says more
         raise UserError(process.why_apart(error)) from None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    _group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # meets without a limit, too
     place = process.own_cores()
     places = gather(place)
     process.share_cores(places.count(place))
@@ -189,10 +192,8 @@ def _store() -> Any:
 
 
 def _watch() -> None:
-    """From now on end this rank soon after another has failed, ended or fallen silent. Collective."""
+    """Exchange signs of life with the other ranks, before any collective could wait for one of them. Collective."""
     global _watchdog
-    if world_size() == 1:
-        return
     address, listener, port, token = os.environ["MASTER_ADDR"], None, 0, secrets.token_hex()
     if is_main():
         # Other nodes may know this one by another family of addresses than it does itself.
@@ -200,14 +201,15 @@ def _watch() -> None:
         family = socket.AF_INET6 if dual else socket.AF_INET
         listener = socket.create_server(("", 0), family=family, backlog=world_size(), dualstack_ipv6=dual)
         port = listener.getsockname()[1]
-    theirs = gather((socket.gethostname(), port, token))
+    _store().set(f"watch/{rank()}", json.dumps([socket.gethostname(), port, token]))
+    theirs = [json.loads(value) for value in _store().multi_get([f"watch/{peer}" for peer in range(world_size())])]
     _, port, token = theirs[0]
     _watchdog = Watchdog(rank(), [host for host, _, _ in theirs])
     _watchdog.start(token, listener, (address, port))
 
 
 def be_patient(patience: float) -> None:
-    """From now on wait for so many seconds for a sign of life from another rank. Local, on all ranks at once."""
+    """End so many seconds after another rank's last sign of life, from now on. Local, on all ranks at once."""
     if _watchdog is not None:
         _watchdog.be_patient(patience)
 
@@ -277,8 +279,7 @@ def run(main: Callable[[], None], is_alone: bool = False) -> NoReturn:
     code = 0
     signals.watch()
     try:
-        start_alone() if is_alone else start()
-        _watch()
+        start_alone() if is_alone else start(is_watched=True)
         main()
         if _watchdog is not None:
             _watchdog.finish()

@@ -155,7 +155,7 @@ class Config(Section):
     capacity: Literal["refuse", "warn"] = "refuse"
     """What `train` does where its plan says that the run does not fit these machines."""
     patience: PositiveFloat = PATIENCE
-    """Seconds without a sign of life from a rank (stopped, or its host lost) after which the others end."""
+    """Seconds after a rank's last sign of life (it was stopped, or its host lost) in which the others end."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

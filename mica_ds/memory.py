@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers import AutoConfig
 
 from mica_ds import comm
 from mica_ds.config import Config, recomputes_activations
 from mica_ds.errors import UserError
+from mica_ds.model import read_model_config
 
 _GIB = 1 << 30
 _activations = 0  # bytes of a micro-batch, once they are counted
@@ -63,7 +63,7 @@ def hint(config: Config, phase: str) -> str:
     """What to do about a rank that was killed in a phase, should it have been for its memory. Local."""
     try:
         advice = _advice(config, phase)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError, AttributeError):
         return ""  # a model that cannot be read is reported where it is loaded
     return f"If the kernel killed it for lack of memory (see dmesg): {advice}."
 
@@ -83,9 +83,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _advice(config: Config, phase: str) -> str:
-    text = AutoConfig.from_pretrained(
-        config.model.path, local_files_only=True, trust_remote_code=False
-    ).get_text_config()
+    text = read_model_config(config.model.path).get_text_config()
     model = sum(file.stat().st_size for file in config.model.path.glob("*.safetensors"))
     share = f"a rank's part of the model is {readable(model / comm.world_size())}"
     offload = "take more ranks, or offload by `deepspeed` (configs/deepspeed/)"

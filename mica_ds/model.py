@@ -51,7 +51,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
     except (ImportError, ValueError) as error:
         if attention is None:
             raise
-        raise UserError(f"model.attention={attention}: {_first_line(error)}") from None
+        raise UserError(f"model.attention={attention}: {_reason(error)}") from None
     model.tie_weights()
     parameters = dict(model.named_parameters())
     with comm.failing_together():
@@ -74,10 +74,16 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
 
 
 def load_skeleton(settings: ModelSettings) -> PreTrainedModel:
-    """The model without weights, on the meta device: its modules, names and shapes. Local. Raises: UserError."""
+    """The model without weights, on the meta device: its modules, names and shapes. Local.
+
+    Raises: UserError where no model can be made of its config.json.
+    """
     config = read_model_config(settings.path)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a module says of sizes or names that it cannot be made of
+        raise _unusable(settings.path, error) from None
 
 
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -86,8 +92,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: {settings.path} is not a folder with a transformers checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_first_line(error)}") from None
+    except Exception as error:  # of its own files, and of config.json
+        raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer in {settings.path} has no eos_token to end documents with")
     return tokenizer
@@ -99,8 +105,8 @@ def read_model_config(path: Path) -> Any:
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {path}/config.json is not usable: {_first_line(error)}") from None
+    except Exception as error:  # transformers checks and counts with what it finds there in many ways
+        raise _unusable(path, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {path} holds a {config.model_type} model, which is no causal language model")
     return config
@@ -113,8 +119,16 @@ def _read_finite(stored: StoredTensor, name: str, not_finite: list[str], start: 
     return values
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _unusable(path: Path, error: Exception) -> UserError:
+    return UserError(f"model.path: {path}/config.json is not usable: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, and the next where that is a heading."""
+    lines = str(error).strip().split("\n")
+    reason = " ".join(" ".join(lines[: 2 if lines[0].endswith(":") else 1]).split())
+    is_a_sentence = isinstance(error, ImportError | OSError | ValueError)
+    return reason if is_a_sentence else f"{type(error).__name__}: {reason}"
 
 
 def count_parameters(model: nn.Module) -> int:

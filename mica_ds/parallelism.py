@@ -4,18 +4,24 @@ Attention swaps sequence for heads between them (two all-to-alls a layer); all e
 """
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, default_data_collator
+from torch import nn
+from transformers import AttentionInterface, default_data_collator
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mica_ds import comm
 from mica_ds.config import Config, read_deepspeed
 from mica_ds.errors import UserError
+from mica_ds.model import load_skeleton
+
+# Kinds of layers that see some tokens alone, and the keys that say how many.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
 def parallelism(config: Config) -> ParallelismConfig | None:
@@ -32,15 +38,28 @@ def parallelism(config: Config) -> ParallelismConfig | None:
     return ParallelismConfig(sp_size=size, dp_shard_size=groups, sp_backend="deepspeed", sp_handler=handler)
 
 
-def check_parallelism(config: Config, model_config: Any) -> None:
+def check_parallelism(config: Config) -> None:
     """Refuse what Ulysses cannot divide, or would compute wrongly. Local, after `comm.start`. Raises: UserError."""
     size = config.data.sequence_parallel
     if size == 1:
         return
-    text = model_config.get_text_config()
-    has_sdpa = cast(Any, MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)])._supports_sdpa
-    if not hasattr(text, "num_key_value_heads") or (_attention(config) == "sdpa" and not has_sdpa):
+    model: Any = load_skeleton(config.model)
+    text = model.config.get_text_config()
+    if not hasattr(text, "num_key_value_heads") or (_attention(config) == "sdpa" and not model._supports_sdpa):
         raise UserError(f"data.sequence_parallel: DeepSpeed cannot share the attention of {text.model_type} models")
+    others = {*(getattr(text, "layer_types", None) or [])} - {"full_attention", *_WINDOWS}
+    if others or any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        # State spaces and linear attention: each rank would begin its part with an empty state.
+        raise UserError(
+            f"data.sequence_parallel: DeepSpeed shares attention alone, and {text.model_type} models have other layers"
+        )
+    window = _window(text)
+    if _attention(config) == "sdpa" and window < config.data.sequence_length:
+        # DeepSpeed (0.19.8) drops the mask, by which alone sdpa knows of it.
+        raise UserError(
+            f"data.sequence_parallel: with sdpa, layers of this model would see more than their window of {window} "
+            f"tokens; set data.sequence_length={window} or less, or model.attention=flash_attention_2 on GPUs"
+        )
     heads, key_value_heads = text.num_attention_heads, text.num_key_value_heads
     for number, what in (
         (comm.world_size(), "ranks"),
@@ -64,6 +83,13 @@ def check_parallelism(config: Config, model_config: Any) -> None:
         )
 
 
+def _window(text: Any) -> float:
+    """How many tokens the layer with the shortest view sees."""
+    kinds = getattr(text, "layer_types", None) or _WINDOWS
+    sizes = [getattr(text, size, None) for kind, size in _WINDOWS.items() if kind in kinds]
+    return min((size for size in sizes if size), default=math.inf)
+
+
 def collator(config: Config) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
     """What makes a micro-batch of rows: of whole ones, or of this rank's part of each. Local, after `comm.start`."""
     size = config.data.sequence_parallel
@@ -76,7 +102,7 @@ def collator(config: Config) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
 def _collate_part(rows: list[Any], part: int, parts: int) -> dict[str, torch.Tensor]:
     batch = default_data_collator(rows)
     # The label of a part's last token is the next part's first one: shifted before the cut.
-    batch["shift_labels"] = torch.nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
+    batch["shift_labels"] = nn.functional.pad(batch.pop("labels"), (0, 1), value=-100)[:, 1:]
     return {key: whole.chunk(parts, dim=1)[part].contiguous() for key, whole in batch.items()}
 
 

@@ -27,7 +27,7 @@ from mica_ds.export import export_checkpoint
 from mica_ds.memory import hint, note_largest, trim
 from mica_ds.merge import merge_checkpoint
 from mica_ds.meter import peak_rss, rss
-from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer, read_model_config
+from mica_ds.model import DTYPES, count_parameters, load_model, load_skeleton, load_tokenizer
 from mica_ds.overlap import examine as examine_data
 from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism, unshared
@@ -61,7 +61,7 @@ def train(config: Config) -> None:
     folder = open_run_folder(config)
     config = restarted(config)
     with comm.failing_together():
-        check_parallelism(config, read_model_config(config.model.path))
+        check_parallelism(config)
         check_packing(config)
         check_liger(config)
     # Before `training_arguments`, after which every model is partitioned. A finished run has fitted already, and may
@@ -175,6 +175,7 @@ def evaluate(config: Config) -> None:
             raise UserError(
                 "nothing to evaluate: set evaluate.questions, evaluate.domain, evaluate.retention or evaluate.suites"
             )
+        load_skeleton(config.model)  # or refuse it, before every model is partitioned
         args = training_arguments(config)
         tokenizer = load_tokenizer(config.model)
     evaluator, suites = Evaluator(settings, tokenizer, config.data.sequence_length), load_suites(settings)

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import NamedTuple, NoReturn
 
 PATIENCE = 300.0
-"""Seconds of silence after which a rank is given up, until the config says otherwise."""
-_BEATS = 10  # in that time
+"""Seconds after a rank's last sign of life in which the others end, until the config says otherwise."""
+_BEATS = 10  # that a rank may miss
 _GRACE = 5.0  # seconds that a rank has to end by itself once it is known that another has failed
 _STUCK = 10  # seconds in one collective after which a rank that has come to its end will not join it any more
 _KILLED = "ended without a word (it crashed, or was killed)"
@@ -96,7 +96,7 @@ class Watchdog:
         threading.Thread(target=self._loop.run_until_complete, args=[watch], daemon=True).start()
 
     def be_patient(self, patience: float) -> None:
-        """Wait for so many seconds of silence, from now on; on all ranks at once. Local."""
+        """End so many seconds after a rank's last sign of life, from now on; on all ranks at once. Local."""
 
         def change() -> None:
             self._patience = patience
@@ -140,14 +140,14 @@ class Watchdog:
             self._reading = asyncio.create_task(self._join(address))
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._has_changed.wait(), self._patience / _BEATS)
+                await asyncio.wait_for(self._has_changed.wait(), self._silence() / (_BEATS + 1))
             self._send_all("")
             for peer in self._peers.values():
                 # Counted in beats of this rank: a job that was suspended as a whole goes on afterwards.
                 peer.silent = 0 if self._has_changed.is_set() else peer.silent + 1
                 if peer.silent > _BEATS and not peer.has_left:
                     self._report(
-                        Verdict(peer.rank, f"gave no sign of life for {self._patience:g} s", code=1, is_told=False)
+                        Verdict(peer.rank, f"gave no sign of life for {self._silence():g} s", code=1, is_told=False)
                     )
             self._has_changed.clear()
 
@@ -211,7 +211,7 @@ class Watchdog:
                 self._say(verdict)
             _fall_silent()
             self._loop.run_in_executor(None, self.at_abort, verdict.code)
-            self._loop.call_later(_GRACE, os._exit, verdict.code)
+            self._loop.call_later(self._patience - self._silence(), os._exit, verdict.code)
         self._is_known.set()
 
     def _say(self, verdict: Verdict) -> None:
@@ -228,6 +228,10 @@ class Watchdog:
             await asyncio.sleep(1)
             waited = waited + 1 if self._operation()[1] and not self._is_done else 0
         self._report(Verdict(ended, "came to its end before the others", code=1, is_told=False))
+
+    def _silence(self) -> float:
+        """Seconds after which a rank is given up: the others end within the patience."""
+        return self._patience - min(_GRACE, self._patience / 5)
 
     def _send_all(self, line: str) -> None:
         for peer in self._peers.values():

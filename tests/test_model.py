@@ -48,6 +48,26 @@ def test_what_is_no_language_model_is_refused(folder: Path) -> None:
         read_model_config(folder)
 
 
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ({"hidden_size": "abc"}, "Field 'hidden_size' expected int"),
+        ({"hidden_size": None}, "Field 'hidden_size' expected int"),
+        ({"num_attention_heads": 3}, r"hidden size \(40\) is not a multiple"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"dtype": "nonsense"}, "nonsense"),
+        ({"rope_scaling": 7}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "none", "factor": 2.0}}, "KeyError: 'none'"),
+        ({"hidden_act": "none"}, "KeyError: 'none'"),
+        ({"vocab_size": -1}, "dimension"),
+    ],
+)
+def test_settings_of_no_model_are_refused(entries: dict[str, Any], reason: str, folder: Path) -> None:
+    change(folder / "config.json", **entries)
+    with pytest.raises(UserError, match=rf"config.json is not usable: .*{reason}"):
+        load_skeleton(ModelSettings(path=folder))
+
+
 def test_mica_trains_a_alone_also_where_peft_casts_the_factors(tiny_model: Callable[[str], Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.bfloat16)
     adapter = AdapterSettings(method="mica", r=4, alpha=8, targets=["embed_tokens", "q_proj"])

@@ -47,19 +47,36 @@ def test_answers_heed_their_padding(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "message"),
+    ("architecture", "settings", "message"),
     [
-        ("gpt2", "DeepSpeed cannot share the attention of gpt2 models"),  # counts no key-value heads
-        ("gpt_oss", "DeepSpeed cannot share the attention of gpt_oss models"),  # has no sdpa
-        ("llama", "data.sequence_parallel=2 does not divide the 1 ranks"),
+        ("gpt2", {}, "DeepSpeed cannot share the attention of gpt2 models"),  # counts no key-value heads
+        ("gpt_oss", {}, "DeepSpeed cannot share the attention of gpt_oss models"),  # has no sdpa
+        ("mistral", {"sliding_window": 16}, "their window of 16 tokens"),
+        ("phi3", {"sliding_window": 16, "pad_token_id": 0}, "their window of 16 tokens"),
+        ("gemma3_text", {"sliding_window": 16}, "their window of 16 tokens"),
+        ("falcon_h1", {}, "falcon_h1 models have other layers"),
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"]}, "minimax models have other layers"),
+        ("mistral", {"sliding_window": 32}, "data.sequence_parallel=2 does not divide the 1 ranks"),
+        (
+            "qwen2",
+            {"sliding_window": 16},
+            "data.sequence_parallel=2 does not divide the 1 ranks",
+        ),  # has it for no layer
+        ("llama", {}, "data.sequence_parallel=2 does not divide the 1 ranks"),
     ],
 )
 def test_attention_that_cannot_be_shared_is_refused(
-    architecture: str, message: str, tiny_config: Callable[..., Path], alone: None
+    architecture: str,
+    settings: dict[str, Any],
+    message: str,
+    tiny_config: Callable[..., Path],
+    alone: None,
+    tmp_path: Path,
 ) -> None:
-    config = load_config(tiny_config(), ["data.sequence_parallel=2", "data.pack=false"])
+    AutoConfig.for_model(architecture, num_hidden_layers=2, **settings).save_pretrained(tmp_path)
+    overrides = [f"model.path={tmp_path}", "data.sequence_parallel=2", "data.pack=false", "data.sequence_length=32"]
     with pytest.raises(UserError, match=message):
-        check_parallelism(config, AutoConfig.for_model(architecture))
+        check_parallelism(load_config(tiny_config(), overrides))
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
@@ -70,4 +87,4 @@ def test_packed_sequences_are_not_refused_where_attention_looks_at_the_positions
     monkeypatch.setattr(comm, "world_size", lambda: 2)
     config = load_config(tiny_config(), ["data.sequence_parallel=2", f"model.attention={attention}"])
     assert config.data.pack
-    check_parallelism(config, AutoConfig.for_model("llama"))
+    check_parallelism(config)

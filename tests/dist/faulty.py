@@ -26,7 +26,13 @@ def main() -> None:
     del sys.argv[1:4]
     if rank == os.environ["RANK"]:
         run = comm.run
-        comm.run = lambda verb: run(lambda: _break_down(verb, place, act))  # type: ignore[assignment]
+
+        def run_faulty(verb: Callable[[], None]) -> None:
+            if place.startswith("mica_ds."):  # imports DeepSpeed, which wants to be started first
+                run(lambda: _break_down(verb, place, act))
+            _break_down(lambda: run(verb), place, act)
+
+        comm.run = run_faulty  # type: ignore[assignment]
     cli.app()
 
 

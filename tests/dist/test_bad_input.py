@@ -56,6 +56,15 @@ def test_incomplete_model(tiny_config: Callable[..., Path], broken_model: Path) 
     assert_refused(train(tiny_config(model={"path": str(broken_model)})), "lacks model.layers.1.mlp.up_proj.weight")
 
 
+@pytest.mark.parametrize("verb", ["train", "evaluate", "basis"])
+def test_a_config_of_no_model(verb: str, tiny_config: Callable[..., Path], broken_model: Path, tmp_path: Path) -> None:
+    about = json.loads((broken_model / "config.json").read_text())
+    (broken_model / "config.json").write_text(json.dumps({**about, "num_attention_heads": 3}))
+    finished = start_ranks(2, [verb, str(tiny_config(model={"path": str(broken_model)}))])
+    assert_refused(finished, "config.json is not usable", "hidden size (40) is not a multiple")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_nan_in_a_weight(tiny_config: Callable[..., Path], broken_model: Path, tmp_path: Path) -> None:
     weights = load_file(broken_model / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][-1, -1] = torch.nan  # in the last rank's slice
