@@ -1,13 +1,17 @@
 """transformers' `TrainingArguments` of a config, and the steps that follow from it."""
 
+import fcntl
+import functools
 import math
-from typing import Any, cast
+import socket
+from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
-from mica_ds import process
+from mica_ds import comm, process
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.data import Sequences
 from mica_ds.errors import UserError
@@ -44,7 +48,8 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
 
     Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where transformers or torch refuses a value, or DeepSpeed's offload lacks its compiler.
+    Raises: UserError where transformers or torch refuses a value, DeepSpeed's offload lacks its compiler, or another
+    run uses its folder on NVMe.
     """
     if config.model.offload_activations and not recomputes_activations(config):
         raise UserError(
@@ -53,9 +58,12 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     check_zero(config.deepspeed)
     deepspeed = read_deepspeed(config)
     zero = deepspeed["zero_optimization"]
-    is_on_nvme = any(zero.get(key, {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
-    if "offload_optimizer" in zero or is_on_nvme:
-        process.require_compiler(is_on_nvme)
+    offloads = [zero.get(key, {}) for key in ("offload_optimizer", "offload_param")]
+    folders = {Path(offload.get("nvme_path", "")) for offload in offloads if offload.get("device") == "nvme"}
+    if "offload_optimizer" in zero or folders:
+        process.require_compiler(for_nvme=bool(folders))
+    for folder in folders:
+        _claim(folder)
     try:
         arguments = TrainingArguments(
             **_arguments(config),
@@ -76,6 +84,23 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
             f"train.num_train_epochs={arguments.num_train_epochs:g} makes no step: set more, or train.max_steps"
         )
     return arguments
+
+
+@functools.cache
+def _claim(folder: Path) -> IO[bytes]:
+    """Lock this rank's part of an `nvme_path` for as long as the process lives: DeepSpeed (0.19.8) empties it first."""
+    try:
+        lock = (folder / f"rank{comm.rank()}.lock").open("wb")
+    except OSError:
+        raise UserError(f"nvme_path: {folder} is no folder that can be written") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"nvme_path: another run has its weights in {folder} on {socket.gethostname()}; give each its own, by a "
+            "DeepSpeed JSON of its own, or wait for that one's end"
+        ) from None
+    return lock
 
 
 def _try(arguments: TrainingArguments) -> None:

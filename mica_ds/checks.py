@@ -233,9 +233,6 @@ def deepspeed_settings(config: Config) -> str:
 
 
 def _check_nvme(config: Config, section: str, settings: dict[str, Any]) -> None:
-    path = Path(settings.get("nvme_path", ""))
-    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-        raise UserError(f"{section}.nvme_path: {path} is no folder that can be written")
     if section == "offload_optimizer":
         if settings.get("buffer_count", _BUFFERS) < _BUFFERS:
             raise UserError(f"{section}.buffer_count is below {_BUFFERS}: the optimizer would run out of buffers")

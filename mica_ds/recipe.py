@@ -236,6 +236,7 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     """The base model's loss of each option of the drafts. Collective."""
     config = unshared(config)
     with comm.failing_together():
+        load_skeleton(config.model)  # as above
         args, tokenizer = training_arguments(config), load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "drafts.jsonl"

@@ -1,5 +1,6 @@
 """What a user can get wrong: one sentence, an exit code on every rank within 30 s, nothing half-written."""
 
+import fcntl
 import json
 import shutil
 import socket
@@ -16,6 +17,7 @@ from ..conftest import Finished, start, start_fresh_ranks, start_ranks
 pytestmark = pytest.mark.dist
 
 LIMIT = 30  # seconds
+HOST = socket.gethostname()
 
 
 def assert_refused(finished: Finished, *parts: str) -> None:
@@ -63,6 +65,18 @@ def test_a_config_of_no_model(verb: str, tiny_config: Callable[..., Path], broke
     finished = start_ranks(2, [verb, str(tiny_config(model={"path": str(broken_model)}))])
     assert_refused(finished, "config.json is not usable", "hidden size (40) is not a multiple")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_disk_that_is_not_there_or_another_runs(
+    tiny_config: Callable[..., Path], nvme_settings: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(deepspeed=str(nvme_settings))
+    with (tmp_path / "rank1.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does for as long as it lives
+        assert_refused(train(config), "nvme_path", "another run has its weights", HOST)
+    nvme_settings.write_text(nvme_settings.read_text().replace(str(tmp_path), "/nowhere"))
+    assert_refused(train(config), "nvme_path: /nowhere is no folder that can be written")
+    assert not (tmp_path / "run" / "basis").exists()
 
 
 def test_nan_in_a_weight(tiny_config: Callable[..., Path], broken_model: Path, tmp_path: Path) -> None:

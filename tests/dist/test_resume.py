@@ -201,7 +201,7 @@ def test_the_same_losses(
     finished = other.train(ranks, f"deepspeed={deepspeed}", f"model.dtype={dtype}", *quick)
     assert finished.codes == [0] * ranks, finished.output
     assert other.seen() == reference.seen()
-    assert other.losses() == pytest.approx(plain, rel=1e-4 if dtype == "float32" else 1e-2)
+    assert other.losses() == pytest.approx(plain, rel=1e-4 if dtype == "float32" else 1e-3)
     assert other.checkpoints() == [f"step-{STEPS:06d}"]
     assert reload_adapter(other.folder) == 0  # with what was offloaded
     if offload == "nvme":
@@ -361,27 +361,42 @@ def test_a_signal_in_training(tiny_model: Callable[[str], Path], tmp_path: Path)
     assert all(torch.equal(trained[1][name], tensor) for name, tensor in trained[0].items())  # to the last bit
 
 
-@pytest.mark.parametrize("method", ["mica", "full"])
-def test_with_all_on_nvme(method: str, config: Path, smollm2: Path, tmp_path: Path) -> None:
-    """DeepSpeed (0.19.8) swaps nothing of a rank below 1 MiB: A is of the real model's first layers, with a large r."""
+@pytest.mark.parametrize(
+    ("method", "ranks"),
+    [
+        ("mica", 2),
+        ("full", 2),
+        pytest.param("mica", 1, marks=pytest.mark.slow),
+        pytest.param("mica", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_with_all_on_nvme(method: str, ranks: int, config: Path, smollm2: Path, tmp_path: Path) -> None:
+    """Stopped, and with a step that is skipped, as the same run on the CPU.
+
+    DeepSpeed (0.19.8) swaps nothing of a rank below 1 MiB: A is of the real model's first layers, with a large r.
+    """
     if method == "mica":
-        config = write(tmp_path, write_first_layers(smollm2, tmp_path / "model"), adapter={"r": 64})
+        config = write(tmp_path, write_first_layers(smollm2, tmp_path / "model"), adapter={"r": 96})
     whole, stopped = Run(config, tmp_path / "whole"), Run(config, tmp_path / "stopped")
     settings = [f"adapter.method={method}", "train.max_steps=8", "train.save_steps=8", "train.learning_rate=1e-3"]
     settings += ["evaluate.questions=null", "evaluate.retention=null"]
-    assert whole.train(2, *settings).codes == [0, 0]
-    settings += [f"deepspeed={write_nvme_settings(tmp_path, 15_000_000)}"]
-    assert stopped.train(2, *settings, signal_in_backward=[signal.SIGUSR1, 4]).codes == [os.EX_TEMPFAIL] * 2
+    assert whole.train(2, *settings, infinite_gradient=[3, 6]).codes == [0, 0]
+    settings += [f"deepspeed={write_nvme_settings(tmp_path, 30_000_000 // ranks)}"]
+    interrupted = stopped.train(ranks, *settings, signal_in_backward=[signal.SIGUSR1, 4], infinite_gradient=[3])
+    assert interrupted.codes == [os.EX_TEMPFAIL] * ranks, interrupted.output
     assert stopped.checkpoints() == ["step-000004"]
     swapped = tmp_path / "zero_stage_3"
     shutil.rmtree(swapped)
-    resumed = stopped.train(2, *settings)
-    assert resumed.codes == [0, 0], resumed.output
-    assert stopped.losses(8) == pytest.approx(whole.losses(8), abs=1e-4)
+    resumed = stopped.train(ranks, *settings, infinite_gradient=[6])
+    assert resumed.codes == [0] * ranks, resumed.output
+    assert stopped.losses(8) == pytest.approx(whole.losses(8), rel=1e-4)
+    for run in (whole, stopped):
+        assert (run.state(8)["run"]["skipped_steps"], run.state(8)["optimizer_step"]) == (2, 6)
     stopped.assert_nothing_read_again()
-    for rank in ("rank0", "rank1"):
-        assert {file.stat().st_size > 1 << 20 for file in (swapped / "float32params" / rank).iterdir()} == {True}
-        assert len(list((swapped / "optimizer" / rank).iterdir())) >= 3  # the masters and two moments
+    for rank in range(ranks):
+        files = (swapped / "float32params" / f"rank{rank}").iterdir()
+        assert {file.stat().st_size > 1 << 20 for file in files} == {True}
+        assert len(list((swapped / f"optimizer/rank{rank}").iterdir())) >= 3  # the masters and two moments
 
 
 def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:

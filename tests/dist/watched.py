@@ -83,8 +83,8 @@ def main() -> None:
 if __name__ == "__main__":
     start = comm.start
 
-    def start_watched() -> None:
-        start()
+    def start_watched(is_watched: bool) -> None:
+        start(is_watched)
         main()
 
     comm.start = start_watched
