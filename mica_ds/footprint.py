@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from mica_ds.adapter import adapter_skeleton, target_modules
 from mica_ds.config import AdapterSettings, Config, ModelSettings, recomputes_activations
-from mica_ds.loss import TILE_ON_CPU, tile_loss
+from mica_ds.loss import TILE_ON_CPU, tile_loss, trains
 from mica_ds.model import DTYPES, read_model_config
 
 
@@ -95,7 +95,6 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
     model = _first_layers(settings, adapter, batch, 1)
     with _without_data(model):
         is_tiled = tile_loss(model, tile)
-        trains = any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
 
         def begin(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             handle.remove()
@@ -104,7 +103,7 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
         handle = model.get_output_embeddings().register_forward_pre_hook(begin)
         with _Live(model) as live:
             loss = model(**_inputs(batch), use_cache=False).loss
-            if not is_tiled or trains:  # else the gradient is made with the loss
+            if not is_tiled or trains(model.get_output_embeddings()):  # else the gradient is made with the loss
                 loss.backward()
     return live.peak
 

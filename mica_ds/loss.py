@@ -53,6 +53,11 @@ def tile_loss(model: Any, tile: int) -> bool:
     return True
 
 
+def trains(head: nn.Module) -> bool:
+    """Whether an output head has parameters that train, its own or an adapter's. Local."""
+    return any(parameter.requires_grad for parameter in head.parameters())
+
+
 class _TiledLoss:
     """Stands in for transformers' ForCausalLMLoss, with what the head handed on instead of logits."""
 
@@ -80,7 +85,7 @@ class _TiledLoss:
             return nn.functional.cross_entropy(tile, targets, ignore_index=_IGNORED, reduction="sum") / count
 
         tiles = math.ceil(shift_labels.numel() * vocab_size / self._tile)
-        if any(parameter.requires_grad for parameter in self._head.parameters()):
+        if trains(self._head):
             tiles = min(tiles, _MOST_TILES)
             parts = zip(logits.flatten(0, 1).chunk(tiles), shift_labels.flatten().chunk(tiles), strict=True)
             return sum(checkpoint(loss_of_tile, self._head, *part, use_reentrant=False) for part in parts)

@@ -1,10 +1,11 @@
 """Liger's fused loss in training's place for it, under ZeRO-3: on the CPU by Triton's interpreter."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from mica_ds.checkpoint import read_history
 
 from ..conftest import ROOT, Finished, start_fresh_ranks
 from .fused import CALLED
@@ -25,8 +26,7 @@ def train(config: Path, folder: Path, *overrides: str, **variables: str) -> Fini
 
 
 def losses(folder: Path) -> list[float]:
-    journal = [json.loads(line) for line in (folder / "journal.jsonl").open()]
-    return [entry["values"]["loss"] for entry in journal if "loss" in entry.get("values", {})]
+    return [entry["loss"] for entry in read_history(folder / "checkpoints/step-000002") if "loss" in entry]
 
 
 @pytest.mark.parametrize(

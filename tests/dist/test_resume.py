@@ -469,6 +469,7 @@ def test_an_interrupt(other: Run) -> None:
             3,
             ["checkpoint.max_skipped=3", "model.dtype=bfloat16", f"deepspeed={ROOT}/configs/deepspeed/zero3.json"],
         ),
+        ("infinite_gradient", 5, ["data.sequence_parallel=2", "data.pack=false"]),
     ],
 )
 def test_steps_that_are_not_finite(what: str, allowed: int, settings: list[str], other: Run) -> None:
