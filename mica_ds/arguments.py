@@ -1,6 +1,5 @@
 """transformers' `TrainingArguments` of a config, and the steps that follow from it."""
 
-import fcntl
 import functools
 import math
 import socket
@@ -15,6 +14,7 @@ from mica_ds import comm, process
 from mica_ds.config import Config, read_deepspeed, recomputes_activations
 from mica_ds.data import Sequences
 from mica_ds.errors import UserError
+from mica_ds.files import lock_at_once
 from mica_ds.parallelism import parallelism
 from mica_ds.upstream import check_zero
 
@@ -59,7 +59,9 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     deepspeed = read_deepspeed(config)
     zero = deepspeed["zero_optimization"]
     offloads = [zero.get(key, {}) for key in ("offload_optimizer", "offload_param")]
-    folders = {Path(offload.get("nvme_path", "")) for offload in offloads if offload.get("device") == "nvme"}
+    folders = {
+        Path(offload.get("nvme_path") or "/").resolve() for offload in offloads if offload.get("device") == "nvme"
+    }
     if "offload_optimizer" in zero or folders:
         process.require_compiler(for_nvme=bool(folders))
     for folder in folders:
@@ -91,15 +93,13 @@ def _claim(folder: Path) -> IO[bytes]:
     """Lock this rank's part of an `nvme_path` for as long as the process lives: DeepSpeed (0.19.8) empties it first."""
     try:
         lock = (folder / f"rank{comm.rank()}.lock").open("wb")
-    except OSError:
-        raise UserError(f"nvme_path: {folder} is no folder that can be written") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        raise UserError(f"nvme_path: {folder} is no folder that can be written: {error.strerror}") from None
+    if not lock_at_once(lock.fileno()):
         raise UserError(
             f"nvme_path: another run has its weights in {folder} on {socket.gethostname()}; give each its own, by a "
             "DeepSpeed JSON of its own, or wait for that one's end"
-        ) from None
+        )
     return lock
 
 

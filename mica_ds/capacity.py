@@ -180,7 +180,7 @@ def _gpu_memory() -> int:
 
 
 def _nvme(config: Config) -> int:
-    """What is free where DeepSpeed swaps to; it makes the folder if need be."""
+    """What is free where DeepSpeed swaps to, whether or not its folder is there (see `training_arguments`)."""
     settings = read_deepspeed(config)["zero_optimization"]
     paths = [settings.get(section, {}).get("nvme_path") for section in ("offload_param", "offload_optimizer")]
     folders = [Path(path).absolute() for path in paths if path]

@@ -1,6 +1,5 @@
 """A study's runs as processes: several at once, each with a log, and ended together."""
 
-import fcntl
 import os
 import signal
 import socket
@@ -15,6 +14,7 @@ import torch
 from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
+from mica_ds.files import lock_at_once
 from mica_ds.shelf import writing
 
 LOG = "study.log"
@@ -99,7 +99,7 @@ class _Attempt:
     def poll(self) -> int | None:
         """The exit code, 0 for a run that was finished before; None while it goes on."""
         if self._process is None:
-            if not _lock(self._file):
+            if not lock_at_once(self._file):
                 if not self.is_waiting:
                     self.is_waiting = True
                     comm.say(f"study: {self.run} still goes on from an earlier start; waiting for it")
@@ -138,17 +138,6 @@ class _Attempt:
             os.killpg(self._process.pid, number)
             return True
         return False
-
-
-def _lock(file: int) -> bool:
-    """Take the lock of an open file; False while another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
 
 
 def last_words(folder: Path) -> str:

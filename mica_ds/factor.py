@@ -24,6 +24,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 EPS64 = torch.finfo(torch.float64).eps
 SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
+_ROUGH = 1e-5  # the tolerance of residuals, relative to their eigenvalues, that fp32 can meet
 _CHUNK = 1 << 19  # entries that are cast to fp64 at a time: they stay in the cache
 
 
@@ -97,21 +98,30 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
         return factor_gram(G_KK, r, is_refined=True)
     largest = _largest_of_gram(G_KK)
     minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
-    return _factored(largest, _cholesky_inverse(G_KK, largest), minor, factor)
+    factored = functools.cache(lambda: _cholesky(G_KK, largest))  # made where it is needed, for a deficient T
+    return _factored(largest, lambda X: symmetric.solve(factored(), X), minor, factor)
 
 
 def factor_gram(G_KK: torch.Tensor, r: int, is_refined: bool) -> Factored:
     """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough), and find a start.
 
     On the host it is done in the Gram's own memory. `r` is at most K / 32. Where corrections through T follow
-    (`is_refined`), a rougher start is enough, for which the host iterates in fp32.
+    (`is_refined`), a rougher start is enough, for which the host iterates in fp32, if its noise allows that.
     """
     k, width = len(G_KK), block_width(r)
     largest = _largest_of_gram(G_KK)
-    inverse = _cholesky_inverse(G_KK, largest, may_round=is_refined)
-    start = inverse(random_normal(k, width, seed=0).to(G_KK))  # in the dtype of the factor
-    tolerance = 1e-5 if is_refined else 1e-8
-    start_KQ = _krylov(inverse, start, r + 1, tolerance, steps=max(1, k // 2 // width), first_check=8)[1]
+    L_KK = _cholesky(G_KK, largest)
+    start_KQ = random_normal(k, width, seed=0).to(G_KK)
+    tolerance, steps = 1e-6 if is_refined else 1e-8, max(1, k // 2 // width)
+    if is_refined and symmetric.on_host(G_KK):
+        values, found_KQ = _krylov(functools.partial(symmetric.solve, L_KK), start_KQ, width, 0.0, 2, first_check=2)
+        # The noise is relative to the inverse's largest eigenvalue; what rounding adds to the singular values of L is
+        # relative to its largest.
+        noise = torch.finfo(torch.float32).eps * float(values[-1])
+        if noise < _ROUGH * values[-r - 1] and noise * largest < 1:
+            L_KK, start_KQ, tolerance = symmetric.rounded(L_KK), found_KQ.float(), _ROUGH
+    inverse = functools.partial(symmetric.solve, L_KK)
+    start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, steps, first_check=8)[1]
     return _factored(largest, inverse, start_KQ, "gram")
 
 
@@ -128,16 +138,11 @@ def gram(T_KL: torch.Tensor) -> torch.Tensor:
     return G_KK
 
 
-def _cholesky_inverse(G_KK: torch.Tensor, largest: float, may_round: bool = False) -> Operator:
-    """X → (G + δ)⁻¹ X, see `symmetric.inverse`; G is factored when it is first needed."""
-
-    @functools.cache
-    def factored() -> Operator:
-        # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
-        G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
-        return symmetric.inverse(G_KK, may_round)
-
-    return lambda X: factored()(X)
+def _cholesky(G_KK: torch.Tensor, largest: float) -> torch.Tensor:
+    """What `symmetric.cholesky` makes of G + δ, and of its memory."""
+    # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
+    G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
+    return symmetric.cholesky(G_KK)
 
 
 def _lu_inverse(T_KK: torch.Tensor) -> Operator:

@@ -77,3 +77,14 @@ def locked(file: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[b
         except OSError:
             is_held = False
         yield is_held
+
+
+def lock_at_once(file: int) -> bool:
+    """Take the lock of an open file; False while another process has it. Local."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True

@@ -82,6 +82,8 @@ def load_skeleton(settings: ModelSettings) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a module says of sizes or names that it cannot be made of
         raise _unusable(settings.path, error) from None
 
@@ -105,6 +107,8 @@ def read_model_config(path: Path) -> Any:
         raise UserError(f"model.path: {path} holds no transformers checkpoint (config.json is missing)")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers checks and counts with what it finds there in many ways
         raise _unusable(path, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

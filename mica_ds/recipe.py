@@ -61,6 +61,7 @@ def train(config: Config) -> None:
     folder = open_run_folder(config)
     config = restarted(config)
     with comm.failing_together():
+        load_skeleton(config.model)  # or refuse it, before every model is partitioned
         check_parallelism(config)
         check_packing(config)
         check_liger(config)
@@ -175,7 +176,7 @@ def evaluate(config: Config) -> None:
             raise UserError(
                 "nothing to evaluate: set evaluate.questions, evaluate.domain, evaluate.retention or evaluate.suites"
             )
-        load_skeleton(config.model)  # or refuse it, before every model is partitioned
+        load_skeleton(config.model)  # as in `train`
         args = training_arguments(config)
         tokenizer = load_tokenizer(config.model)
     evaluator, suites = Evaluator(settings, tokenizer, config.data.sequence_length), load_suites(settings)
@@ -236,7 +237,7 @@ def _losses(config: Config, drafts: list[dict[str, Any]]) -> list[list[float]]:
     """The base model's loss of each option of the drafts. Collective."""
     config = unshared(config)
     with comm.failing_together():
-        load_skeleton(config.model)  # as above
+        load_skeleton(config.model)  # as in `train`
         args, tokenizer = training_arguments(config), load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "drafts.jsonl"

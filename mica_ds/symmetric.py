@@ -4,14 +4,13 @@ On the host scipy's OpenBLAS beats torch's MKL for these, and takes half the mem
 Shapes: G (K, K), column-major on the host, as `zeros` makes it.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import scipy.linalg
 import torch
 
 # What numpy and torch raise where a factorisation or an eigenproblem fails.
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+_CHUNK = 1 << 20  # entries that are rounded at a time
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -41,40 +40,37 @@ def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(scipy.linalg.blas.dsymm(1.0, G_KK.numpy(), X_KQ.numpy(), lower=True))
 
 
-def inverse(G_KK: torch.Tensor, may_round: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
-    """X → G⁻¹ X by Cholesky; on the host in G's own memory. Raises: LinAlgError where G is not positive definite.
+def cholesky(G_KK: torch.Tensor) -> torch.Tensor:
+    """What `solve` takes: the lower factor, on the host in G's own memory. Raises: LinAlgError where G has none.
 
-    With `may_round` the host keeps its factor in fp32, and solves so, unless the pivots lie too far apart for that.
+    On a GPU its inverse: a triangular solve of few columns would leave it idle, row after row.
     """
     if not on_host(G_KK):
-        L_KK = torch.linalg.cholesky(G_KK)
-        # A triangular solve of few columns leaves a GPU idle, row after row: the factor is inverted, once.
         identity_KK = torch.eye(len(G_KK), dtype=G_KK.dtype, device=G_KK.device)
-        inverse_KK = torch.linalg.solve_triangular(L_KK, identity_KK, upper=False)
-        return lambda X_KQ: inverse_KK.T @ (inverse_KK @ X_KQ)
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(G_KK), identity_KK, upper=False)
     factor, failed = scipy.linalg.lapack.dpotrf(G_KK.numpy(), lower=True, overwrite_a=True, clean=False)
     if failed:
         raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
-    lower_KK = torch.from_numpy(factor)
-    pivots = lower_KK.diagonal()
-    if may_round and pivots.min() > torch.finfo(torch.float32).eps ** 0.5 * pivots.max():
-        lower_KK = _round(lower_KK)
-
-    def solve(X_KQ: torch.Tensor) -> torch.Tensor:
-        Y_KQ = torch.linalg.solve_triangular(lower_KK, X_KQ.to(lower_KK.dtype), upper=False)
-        return torch.linalg.solve_triangular(lower_KK.T, Y_KQ, upper=True)
-
-    return solve
+    return torch.from_numpy(factor)
 
 
-def _round(A_KK: torch.Tensor) -> torch.Tensor:
+def solve(L_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
+    """G⁻¹ X by what `cholesky` made of G, in its dtype."""
+    X_KQ = X_KQ.to(L_KK.dtype)
+    if not on_host(L_KK):
+        return L_KK.T @ (L_KK @ X_KQ)
+    Y_KQ = torch.linalg.solve_triangular(L_KK, X_KQ, upper=False)
+    return torch.linalg.solve_triangular(L_KK.T, Y_KQ, upper=True)
+
+
+def rounded(A_KK: torch.Tensor) -> torch.Tensor:
     """A column-major fp64 matrix in fp32, in the first half of its own memory: a solve reads half the bytes."""
     fp64 = A_KK.T.view(-1)
-    fp32 = fp64.view(torch.float32)
-    for start in range(0, len(fp64), 1 << 20):  # what is written has been read before
-        part = slice(start, start + (1 << 20))
-        fp32[: len(fp64)][part] = fp64[part].float()
-    return fp32[: len(fp64)].view_as(A_KK).T
+    fp32 = fp64.view(torch.float32)[: len(fp64)]
+    for start in range(0, len(fp64), _CHUNK):  # what is written has been read before
+        part = slice(start, start + _CHUNK)
+        fp32[part] = fp64[part].float()
+    return fp32.view_as(A_KK).T
 
 
 def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> torch.Tensor:

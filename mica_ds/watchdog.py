@@ -25,6 +25,7 @@ PATIENCE = 300.0
 _BEATS = 10  # that a rank may miss
 _GRACE = 5.0  # seconds that a rank has to end by itself once it is known that another has failed
 _STUCK = 10  # seconds in one collective after which a rank that has come to its end will not join it any more
+_SILENT = "gave no sign of life"
 _KILLED = "ended without a word (it crashed, or was killed)"
 _BYE, _DONE = "bye", "done"
 _LINE = 1 << 20  # bytes of the longest line
@@ -146,9 +147,7 @@ class Watchdog:
                 # Counted in beats of this rank: a job that was suspended as a whole goes on afterwards.
                 peer.silent = 0 if self._has_changed.is_set() else peer.silent + 1
                 if peer.silent > _BEATS and not peer.has_left:
-                    self._report(
-                        Verdict(peer.rank, f"gave no sign of life for {self._silence():g} s", code=1, is_told=False)
-                    )
+                    self._report(Verdict(peer.rank, f"{_SILENT} for {self._silence():g} s", code=1, is_told=False))
             self._has_changed.clear()
 
     async def _join(self, address: tuple[str, int]) -> None:
@@ -211,7 +210,8 @@ class Watchdog:
                 self._say(verdict)
             _fall_silent()
             self._loop.run_in_executor(None, self.at_abort, verdict.code)
-            self._loop.call_later(self._patience - self._silence(), os._exit, verdict.code)
+            rest = self._patience - self._silence() if verdict.reason.startswith(_SILENT) else _GRACE
+            self._loop.call_later(rest, os._exit, verdict.code)
         self._is_known.set()
 
     def _say(self, verdict: Verdict) -> None:

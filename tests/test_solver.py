@@ -264,6 +264,23 @@ def test_a_tiny_gap_at_r_leaves_its_smaller_bases_right(shape: tuple[int, int], 
     assert truth.sine(B) <= max(1e-5, 2 * truth.sine(truth.fp32_U_MK[:, -8:]))
 
 
+@pytest.mark.parametrize("shape", [(1600, 1100), (1100, 1600)], ids=_id)
+@pytest.mark.parametrize("then", [[1e-2], [1e-3], [0.8 * 0.6**i for i in range(17)]], ids=["1e-2", "1e-3", "17"])
+def test_what_fp32_would_drown_is_iterated_in_fp64(then: list[float], shape: tuple[int, int]) -> None:
+    truth = truth_of(_with_values(*shape, 10, 1, then=then).float())
+    solution = solve(truth.W_MN, 16, factor="gram")
+    assert solution.unconverged == []
+    assert_is_right(truth, 16, solution)
+
+
+def test_a_factor_is_rounded_in_its_own_memory() -> None:
+    A_KK = _gaussian(1200, 1200).T
+    expected = A_KK.float()
+    rounded = symmetric.rounded(A_KK)
+    assert rounded.data_ptr() == A_KK.data_ptr()
+    assert torch.equal(rounded, expected)
+
+
 @pytest.mark.parametrize("factor", ["lu", "gram", "eigh"])
 def test_the_same_matrix_gives_the_same_bits(factor: Factor) -> None:
     W = _gaussian(300, 300).float()

@@ -75,7 +75,9 @@ def test_a_disk_that_is_not_there_or_another_runs(
         fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does for as long as it lives
         assert_refused(train(config), "nvme_path", "another run has its weights", HOST)
     nvme_settings.write_text(nvme_settings.read_text().replace(str(tmp_path), "/nowhere"))
-    assert_refused(train(config), "nvme_path: /nowhere is no folder that can be written")
+    assert_refused(train(config), "nvme_path: /nowhere is no folder that can be written: No such file or directory")
+    nvme_settings.write_text(nvme_settings.read_text().replace('"nvme_path": "/nowhere",', ""))
+    assert_refused(train(config), "an offload to nvme needs its nvme_path")
     assert not (tmp_path / "run" / "basis").exists()
 
 

@@ -39,7 +39,7 @@ from ..preloaded import Program
 
 RANKS, STEPS, SAVE_EVERY = 2, 6, 2
 LIMIT = 30  # seconds within which all ranks must have ended
-PATIENCE = 5  # seconds of silence after which the run gives a rank up
+PATIENCE = 5  # seconds after a rank's last sign of life in which the others end
 TOLERANCE = 1e-5
 SIGNALS = (Signals.SIGTERM, Signals.SIGUSR1)  # after which a run ends by itself, with a checkpoint
 
