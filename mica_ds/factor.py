@@ -76,7 +76,8 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
     return {"gram": long * k**2, "eigh": 4 / 3 * k**3}
 
 
-# Operations (bytes) a second of one core, and how often a solve reads its factor: measured, see tests/benchmarks.
+# Operations (bytes) a second of one core, and how often a solve reads its factor or as much: measured, see
+# tests/benchmarks.
 _RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
 _PASSES = {"lu": 40, "gram": 25}
 
@@ -114,14 +115,14 @@ def factor_gram(G_KK: torch.Tensor, r: int, is_refined: bool) -> Factored:
     start_KQ = random_normal(k, width, seed=0).to(G_KK)
     tolerance, steps = 1e-6 if is_refined else 1e-8, max(1, k // 2 // width)
     if is_refined and symmetric.on_host(G_KK):
-        values, found_KQ = _krylov(functools.partial(symmetric.solve, L_KK), start_KQ, width, 0.0, 2, first_check=2)
+        values, start_KQ = _krylov(functools.partial(symmetric.solve, L_KK), start_KQ, width, 0.0, 2, first_check=2)
         # The noise is relative to the inverse's largest eigenvalue; what rounding adds to the singular values of L is
         # relative to its largest.
         noise = torch.finfo(torch.float32).eps * float(values[-1])
         if noise < _ROUGH * values[-r - 1] and noise * largest < 1:
-            L_KK, start_KQ, tolerance = symmetric.rounded(L_KK), found_KQ.float(), _ROUGH
+            L_KK, tolerance = symmetric.rounded(L_KK), _ROUGH
     inverse = functools.partial(symmetric.solve, L_KK)
-    start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, steps, first_check=8)[1]
+    start_KQ = _krylov(inverse, start_KQ.to(L_KK.dtype), r + 1, tolerance, steps, first_check=8)[1]
     return _factored(largest, inverse, start_KQ, "gram")
 
 
