@@ -110,6 +110,10 @@ def check_deepspeed(path: Path) -> None:
     for place, section in places:
         if not isinstance(place.get(section, {}), dict):
             raise UserError(f"deepspeed: {path}: {section} is no section with keys and values; leave it out for none")
+    for section in ("offload_param", "offload_optimizer"):
+        offload = zero.get(section, {})
+        if offload.get("device") == "nvme" and not isinstance(offload.get("nvme_path"), str):
+            raise UserError(f"deepspeed: {path}: {section} goes to nvme and needs its nvme_path")
     if "api_key" in settings.get("comet", {}):
         raise UserError(f"deepspeed: {path} holds comet.api_key, which MLflow would get with the file: take it out")
     if "scheduler" in settings:

@@ -77,7 +77,7 @@ def test_a_disk_that_is_not_there_or_another_runs(
     nvme_settings.write_text(nvme_settings.read_text().replace(str(tmp_path), "/nowhere"))
     assert_refused(train(config), "nvme_path: /nowhere is no folder that can be written: No such file or directory")
     nvme_settings.write_text(nvme_settings.read_text().replace('"nvme_path": "/nowhere",', ""))
-    assert_refused(train(config), "an offload to nvme needs its nvme_path")
+    assert_refused(train(config), "offload_param goes to nvme and needs its nvme_path")
     assert not (tmp_path / "run" / "basis").exists()
 
 

@@ -109,6 +109,16 @@ def test_the_base_model_is_scored_once(runs: dict[str, Run]) -> None:
         assert first.summary()[key] == second.summary()[key]
 
 
+def test_activations_are_computed_again_and_offloaded(runs: dict[str, Run]) -> None:
+    micro_batches, layers = 2 * STEPS, 2
+    for name, times in (("accumulated", 1), ("recomputed", 2)):
+        for rank in range(2):
+            notes = runs[name].notes / f"{rank}.layers"
+            steps = [int(line) for line in notes.read_text().splitlines()]
+            assert sum(step > 0 for step in steps) == times * layers * micro_batches  # before, the plan has counted
+            assert notes.with_suffix(".offloads").exists() == (name == "recomputed")
+
+
 def test_the_rate_counts_no_padding(runs: dict[str, Run]) -> None:
     labels = [label for rows in runs["accumulated"].seen().values() for row in rows for label in row["labels"]]
     predicted = sum(label != -100 for label in labels)

@@ -1,6 +1,7 @@
 """A program for the tests: `mica-ds` that writes down what each step sees, and comes to grief where it is told to.
 
-WATCH holds JSON: `folder` for the notes, one file a rank, and a list of the rows that were read for it;
+WATCH holds JSON: `folder` for the notes, one file a rank, and lists of the rows that were read for it, of a Llama's
+layers that ran while training, and of the micro-batches whose activations were offloaded;
 `parts`: whether to note the elements of what trains, each whole and this rank's of its gradient, master and moments;
 `infinite_loss`: the steps whose loss is infinite on the last rank; `infinite_gradient`: those whose gradient is;
 `signal`: [number, step], sent to the last rank by itself; `signal_in_backward`, `signal_in_update` and
@@ -22,6 +23,7 @@ from mica_ds import cli, comm
 def main() -> None:
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
     from mica_ds import data, evaluate, trainer  # imports DeepSpeed, which wants to be started first
 
@@ -58,6 +60,17 @@ def main() -> None:
             file.writelines(f"{index}\n" for index in indices)
         return read(self, indices)
 
+    def note_calls(owner: Any, name: str, suffix: str) -> None:
+        original = getattr(owner, name)
+
+        def noting(self: Any, *args: Any) -> Any:
+            if getattr(self, "training", True):
+                with notes.with_suffix(suffix).open("a") as file:
+                    file.write(f"{steps[-1]}\n")
+            return original(self, *args)
+
+        setattr(owner, name, noting)
+
     def watched_score(self: Any, engine: Any) -> Any:
         signal_at("signal_in_evaluation")
         return score(self, engine)
@@ -73,6 +86,8 @@ def main() -> None:
             notes.with_suffix(".parts").write_text(json.dumps(sizes))
         return update(self, *args, **kwargs)
 
+    note_calls(LlamaMLP, "forward", ".layers")
+    note_calls(torch.autograd.graph.save_on_cpu, "__enter__", ".offloads")
     Zero.step = watched_update
     evaluate.Evaluator.score = watched_score
     transformers.Trainer.compute_loss = watched_plain_loss
