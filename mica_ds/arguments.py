@@ -48,8 +48,8 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     """transformers' arguments, with those that follow from the rest of the config. Local, after `comm.start`.
 
     Must be alive before the model is built: zero.Init takes its settings from here.
-    Raises: UserError where transformers or torch refuses a value, DeepSpeed's offload lacks its compiler, or another
-    run uses its folder on NVMe.
+    Raises: UserError where transformers or torch refuses a value, DeepSpeed's offload lacks its compiler, or its folder
+    on NVMe cannot be written or is another run's.
     """
     if config.model.offload_activations and not recomputes_activations(config):
         raise UserError(
@@ -59,9 +59,7 @@ def training_arguments(config: Config, accumulation: int = 1) -> TrainingArgumen
     deepspeed = read_deepspeed(config)
     zero = deepspeed["zero_optimization"]
     offloads = [zero.get(key, {}) for key in ("offload_optimizer", "offload_param")]
-    folders = {
-        Path(offload.get("nvme_path") or "/").resolve() for offload in offloads if offload.get("device") == "nvme"
-    }
+    folders = {Path(offload["nvme_path"]).resolve() for offload in offloads if offload.get("device") == "nvme"}
     if "offload_optimizer" in zero or folders:
         process.require_compiler(for_nvme=bool(folders))
     for folder in folders:

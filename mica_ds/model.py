@@ -94,6 +94,8 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: {settings.path} is not a folder with a transformers checkpoint")
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.path, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # of its own files, and of config.json
         raise UserError(f"model.path: {settings.path} holds no usable tokenizer: {_reason(error)}") from None
     if tokenizer.eos_token_id is None:

@@ -20,6 +20,8 @@ from mica_ds.config import Config, read_deepspeed
 from mica_ds.errors import UserError
 from mica_ds.model import load_skeleton
 
+# Models whose masks say more than what comes before: DeepSpeed (0.19.8) drops them.
+_OWN_MASKS = ("doge",)
 # Kinds of layers that see some tokens alone, and the keys that say how many.
 _WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
@@ -45,7 +47,8 @@ def check_parallelism(config: Config) -> None:
         return
     model: Any = load_skeleton(config.model)
     text = model.config.get_text_config()
-    if not hasattr(text, "num_key_value_heads") or (_attention(config) == "sdpa" and not model._supports_sdpa):
+    lacks_sdpa = _attention(config) == "sdpa" and not model._supports_sdpa
+    if not hasattr(text, "num_key_value_heads") or lacks_sdpa or text.model_type in _OWN_MASKS:
         raise UserError(f"data.sequence_parallel: DeepSpeed cannot share the attention of {text.model_type} models")
     others = {*(getattr(text, "layer_types", None) or [])} - {"full_attention", *_WINDOWS}
     if others or any(isinstance(module, nn.Conv1d) for module in model.modules()):

@@ -112,7 +112,8 @@ def check_deepspeed(path: Path) -> None:
             raise UserError(f"deepspeed: {path}: {section} is no section with keys and values; leave it out for none")
     for section in ("offload_param", "offload_optimizer"):
         offload = zero.get(section, {})
-        if offload.get("device") == "nvme" and not isinstance(offload.get("nvme_path"), str):
+        folder = offload.get("nvme_path")
+        if offload.get("device") == "nvme" and not (folder and isinstance(folder, str)):
             raise UserError(f"deepspeed: {path}: {section} goes to nvme and needs its nvme_path")
     if "api_key" in settings.get("comet", {}):
         raise UserError(f"deepspeed: {path} holds comet.api_key, which MLflow would get with the file: take it out")

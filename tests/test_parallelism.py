@@ -51,17 +51,15 @@ def test_answers_heed_their_padding(
     [
         ("gpt2", {}, "DeepSpeed cannot share the attention of gpt2 models"),  # counts no key-value heads
         ("gpt_oss", {}, "DeepSpeed cannot share the attention of gpt_oss models"),  # has no sdpa
+        ("doge", {}, "DeepSpeed cannot share the attention of doge models"),  # has masks of its own
         ("mistral", {"sliding_window": 16}, "their window of 16 tokens"),
         ("phi3", {"sliding_window": 16, "pad_token_id": 0}, "their window of 16 tokens"),
         ("gemma3_text", {"sliding_window": 16}, "their window of 16 tokens"),
         ("falcon_h1", {}, "falcon_h1 models have other layers"),
         ("minimax", {"layer_types": ["linear_attention", "full_attention"]}, "minimax models have other layers"),
         ("mistral", {"sliding_window": 32}, "data.sequence_parallel=2 does not divide the 1 ranks"),
-        (
-            "qwen2",
-            {"sliding_window": 16},
-            "data.sequence_parallel=2 does not divide the 1 ranks",
-        ),  # has it for no layer
+        # Has it for no layer.
+        ("qwen2", {"sliding_window": 16}, "data.sequence_parallel=2 does not divide the 1 ranks"),
         ("llama", {}, "data.sequence_parallel=2 does not divide the 1 ranks"),
     ],
 )
