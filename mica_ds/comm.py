@@ -201,7 +201,8 @@ def _watch() -> None:
         family = socket.AF_INET6 if dual else socket.AF_INET
         listener = socket.create_server(("", 0), family=family, backlog=world_size(), dualstack_ipv6=dual)
         port = listener.getsockname()[1]
-    _store().set(f"watch/{rank()}", json.dumps([socket.gethostname(), port, token]))  # of which rank 0's count
+    # Of the ports and tokens rank 0's count.
+    _store().set(f"watch/{rank()}", json.dumps([socket.gethostname(), port, token]))
     theirs = [json.loads(value) for value in _store().multi_get([f"watch/{peer}" for peer in range(world_size())])]
     _, port, token = theirs[0]
     _watchdog = Watchdog(rank(), [host for host, _, _ in theirs])
