@@ -79,7 +79,7 @@ class Watchdog:
         self._loop = asyncio.new_event_loop()
         self._expecting: asyncio.Task[None] | None = None
         self._verdict: Verdict | None = None
-        self._is_known = threading.Event()
+        self._is_known, self._has_joined = threading.Event(), threading.Event()
         self._has_changed = asyncio.Event()
         self._is_done = self._is_failing = False
         self.stage = ""
@@ -95,6 +95,10 @@ class Watchdog:
         self._token = token
         watch = self._watch(listener, address)
         threading.Thread(target=self._loop.run_until_complete, args=[watch], daemon=True).start()
+        if (
+            listener is None
+        ):  # a rank that is killed before rank 0 could hear of it would be missed by its silence alone
+            self._has_joined.wait(self._patience)
 
     def be_patient(self, patience: float) -> None:
         """End so many seconds after a rank's last sign of life, from now on; on all ranks at once. Local."""
@@ -157,6 +161,7 @@ class Watchdog:
             self._report(Verdict(0, f"cannot be reached at {address[0]}:{address[1]}: {error}", code=1, is_told=False))
             return
         self._peers[0].connect(writer, f"{self._token} {self._rank}")
+        self._has_joined.set()
         await self._listen(self._peers[0], reader)
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
