@@ -94,7 +94,7 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
     """Bytes that a model of one layer has at most from its head to its loss, and back."""
     model = _first_layers(settings, adapter, batch, 1)
     with _without_data(model):
-        is_tiled = tile_loss(model, tile)
+        tile_loss(model, tile)
 
         def begin(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             handle.remove()
@@ -103,7 +103,7 @@ def _count_loss(settings: ModelSettings, adapter: AdapterSettings, batch: Batch,
         handle = model.get_output_embeddings().register_forward_pre_hook(begin)
         with _Live(model) as live:
             loss = model(**_inputs(batch), use_cache=False).loss
-            if not is_tiled or trains(model.get_output_embeddings()):  # else the gradient is made with the loss
+            if trains(model.get_output_embeddings()):  # else the gradient is made with the loss
                 loss.backward()
     return live.peak
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledFusedLogitsLoss
-from torch import nn
+from torch import fx, nn
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -21,36 +22,28 @@ TILE_ON_CPU, TILE_ON_GPU = 7 << 20, 1 << 26
 # Of a head that trains: its gradient is the sum of theirs, in its dtype (bfloat16: a third less exact than at once).
 _MOST_TILES = 8
 _IGNORED = -100  # the label of tokens that are not predicted, as in transformers
-_CAPPED = ("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "nanochat", "vaultgemma")
-"""Models that cap their logits after the head, but not where `final_logit_softcapping` is None (transformers 5.23)."""
 
 
-def tile_loss(model: Any, tile: int) -> bool:
-    """Let a model make its training loss by tiles of so many logits; whether it does. Local.
+def tile_loss(model: Any, tile: int) -> None:
+    """Have a model make its training loss by tiles of so many logits. Local.
 
-    The head then hands its input on while training, for which the loss asks it for the logits of a tile at a time; it
-    caps them itself where its model would. Left alone are models whose config names another cap of logits.
+    While training, its head gives a stand-in for the logits, which notes what the model does to them (scales, caps,
+    words cut off), and the loss does the same to each tile's.
     """
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     head: Any = base.get_output_embeddings()
-    settings = base.config.get_text_config()
-    caps = {key: value for key, value in settings.to_dict().items() if "logit" in key and "cap" in key and value}
-    cap = caps.pop("final_logit_softcapping", None) if base.config.model_type in _CAPPED else None
-    if head is None or any("att" not in key for key in caps):  # attention's own are within a layer
-        return False
-    if cap is not None:
-        settings.final_logit_softcapping, settings.head_caps_at = None, cap
-    whole = head.forward
+    whole, vocabulary = head.forward, base.config.get_text_config().vocab_size
+    loss = _TiledLoss(head, vocabulary, tile)
 
-    def forward(hidden: torch.Tensor, for_loss: bool = False) -> torch.Tensor:
-        if head.training and not for_loss:
-            return hidden
-        logits: torch.Tensor = whole(hidden)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def forward(hidden: torch.Tensor, for_loss: bool = False) -> Any:
+        if for_loss or not head.training:
+            return whole(hidden)
+        return _StandIn((*hidden.shape[:-1], vocabulary))
 
     head.forward = forward
-    base.loss_function = _TiledLoss(head, tile)
-    return True
+    # Before DeepSpeed's own hooks: to what they have seen belongs a backward of the head.
+    head.register_forward_pre_hook(loss.keep, with_kwargs=True)
+    base.loss_function = loss
 
 
 def trains(head: nn.Module) -> bool:
@@ -58,15 +51,30 @@ def trains(head: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in head.parameters())
 
 
-class _TiledLoss:
-    """Stands in for transformers' ForCausalLMLoss, with what the head handed on instead of logits."""
+class _StandIn(fx.Proxy):
+    """In the logits' place: notes what is done to it in its node's graph, and has their shape, if a model asks."""
 
-    def __init__(self, head: nn.Module, tile: int) -> None:
-        self._head, self._tile = head, tile
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        graph = fx.Graph()
+        super().__init__(graph.placeholder("logits"), GraphAppendingTracer(graph))
+        self.shape = torch.Size(shape)
+
+
+class _TiledLoss:
+    """Stands in for transformers' ForCausalLMLoss, with what the head was given instead of logits."""
+
+    def __init__(self, head: nn.Module, vocabulary: int, tile: int) -> None:
+        self._head, self._vocabulary, self._tile = head, vocabulary, tile
+        self._given: list[torch.Tensor] = []
+
+    def keep(self, head: nn.Module, inputs: tuple[torch.Tensor], options: dict[str, Any]) -> None:
+        """Keep what a model gives its head, a pre-forward hook's work: the loss comes next."""
+        if head.training and not options:
+            self._given = [*inputs]
 
     def __call__(
         self,
-        logits: torch.Tensor,
+        logits: Any,
         labels: torch.Tensor,
         vocab_size: int,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -79,20 +87,23 @@ class _TiledLoss:
             whole = logits.float().flatten(0, -2)
             return nn.functional.cross_entropy(whole, shift_labels.flatten(), ignore_index=_IGNORED)
         count = num_items_in_batch if num_items_in_batch is not None else shift_labels.ne(_IGNORED).sum()
+        hidden = self._given.pop()
+        graph, nothing = logits.node.graph, nn.Module()
+        graph.output(logits.node)
 
         def loss_of_tile(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            tile = head(hidden, for_loss=True).float()
+            tile = fx.Interpreter(nothing, graph=graph).run(head(hidden, for_loss=True)).float()
             return nn.functional.cross_entropy(tile, targets, ignore_index=_IGNORED, reduction="sum") / count
 
-        tiles = math.ceil(shift_labels.numel() * vocab_size / self._tile)
+        tiles = math.ceil(shift_labels.numel() * self._vocabulary / self._tile)
         if trains(self._head):
             tiles = min(tiles, _MOST_TILES)
-            parts = zip(logits.flatten(0, 1).chunk(tiles), shift_labels.flatten().chunk(tiles), strict=True)
+            parts = zip(hidden.flatten(0, 1).chunk(tiles), shift_labels.flatten().chunk(tiles), strict=True)
             return sum(checkpoint(loss_of_tile, self._head, *part, use_reentrant=False) for part in parts)
         trainable: list[nn.Parameter] = []
         # Each tile goes forwards and backwards within: activations that are offloaded would take the head with them.
         # The cycle that PyTorch warns of, of what is saved as it is, ends with the tile's own backward pass.
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
             return TiledFusedLogitsLoss.apply(
-                loss_of_tile, self._head, logits, shift_labels.contiguous(), None, tiles, trainable, "sum"
+                loss_of_tile, self._head, hidden, shift_labels.contiguous(), None, tiles, trainable, "sum"
             )

@@ -54,9 +54,14 @@ def flops_per_token(model: Any, sequence_length: int) -> float:
     matrices = [p for p in model.parameters() if len(full_shape(p)) > 1 and id(p) not in looked_up]
     multiplied = sum(full_size(p) for p in matrices)
     trained = sum(full_size(p) for p in matrices if p.requires_grad)
-    text = model.config.get_text_config()
-    units = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    return 4 * multiplied + 2 * trained + 12 * text.num_hidden_layers * units * sequence_length
+    units = sum(_attention_units(layer) for layer in model.config.get_text_config().per_layer_config)
+    return 4 * multiplied + 2 * trained + 12 * units * sequence_length
+
+
+def _attention_units(layer: Any) -> int:
+    """Of all heads of a layer, by its config; none in a state space model."""
+    heads: int = getattr(layer, "num_attention_heads", 0)
+    return heads and heads * (getattr(layer, "head_dim", None) or layer.hidden_size // heads)
 
 
 class Meter:

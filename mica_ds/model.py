@@ -5,6 +5,7 @@ Here rank p reads 1/P of the bytes, in parallel with the others, and no weight i
 """
 
 import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,11 @@ def read_model_config(path: Path) -> Any:
         raise _unusable(path, error) from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {path} holds a {config.model_type} model, which is no causal language model")
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if (
+        "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names
+    ):  # a loss of its own: an encoder's counterpart, or older
+        raise UserError(f"model.path: {path} holds a {config.model_type} model, which is not trained by its next token")
     return config
 
 

@@ -172,8 +172,8 @@ def build_trainer(
     `origin`, the `frozen` tensors (rank 0's) and the `facts` of the run's beginning go into its checkpoints; a run that
     goes on takes the facts from the checkpoint instead.
     """
-    if not args.use_liger_kernel and not tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU):
-        comm.say("loss: the logits of a micro-batch are made whole, since the model bends them")
+    if not args.use_liger_kernel:
+        tile_loss(model, TILE_ON_GPU if torch.cuda.is_available() else TILE_ON_CPU)
     return MicaTrainer(
         model=model,
         args=args,

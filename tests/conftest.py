@@ -39,6 +39,19 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt2": {},
 }
+RARE: dict[str, dict[str, Any]] = {
+    # Makes its logits of another dtype than its hidden states, and has no attention.
+    "mamba": {},
+    # Each layer has heads of another size.
+    "gemma4_text": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+    },
+}
 # Each with every attention that it has: for Gemma 2 transformers (5.23) refuses sdpa.
 ATTENTIONS = [(name, way) for name in TINY for way in ("sdpa", "eager") if (name, way) != ("gemma2", "sdpa")]
 # Sizes that let the partitions of 3 and 4 ranks cut rows.
@@ -84,7 +97,7 @@ def write_tiny_model(architecture: str, folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = GPT2_SIZES if architecture == "gpt2" else SIZES
     config = transformers.AutoConfig.for_model(
-        architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **TINY[architecture]
+        architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **(TINY | RARE)[architecture]
     )
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)

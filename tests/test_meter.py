@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mica_ds import meter
 from mica_ds.meter import Meter, flops_per_token, peak_flops
 
-from .conftest import TINY
+from .conftest import RARE, TINY
 
 LENGTH, VOCABULARY = 64, 1024
 
@@ -20,13 +20,14 @@ def make_model(architecture: str, **settings: Any) -> Any:
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
     if architecture == "gpt2":
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4}
-    settings = {"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, **TINY[architecture], **settings}
-    config = transformers.AutoConfig.for_model(architecture, vocab_size=VOCABULARY, **sizes, **settings)
+    common = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0}
+    settings = common | (TINY | RARE)[architecture] | settings
+    config = transformers.AutoConfig.for_model(architecture, **sizes, **settings)
     # A fused attention computes its scores a second time, which is no work of the model.
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "phi3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "phi3", "gpt2", "gemma4_text"])
 def test_operations_are_those_that_pytorch_counts(architecture: str) -> None:
     model = make_model(architecture)
     ids = torch.randint(0, VOCABULARY, (2, LENGTH))

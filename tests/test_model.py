@@ -48,6 +48,12 @@ def test_what_is_no_language_model_is_refused(folder: Path) -> None:
         read_model_config(folder)
 
 
+def test_a_model_with_a_loss_of_its_own_is_refused(folder: Path) -> None:
+    change(folder / "config.json", model_type="trocr")
+    with pytest.raises(UserError, match="holds a trocr model, which is not trained by its next token"):
+        read_model_config(folder)
+
+
 @pytest.mark.parametrize(
     ("entries", "reason"),
     [

@@ -50,6 +50,14 @@ def test_architecture(
             assert adapter[name.replace("lora_B", "lora_A")].abs().max() > 0
 
 
+@pytest.mark.parametrize(("architecture", "targets"), {"mamba": "[in_proj]", "gemma4_text": "all-linear"}.items())
+def test_rare_architecture_in_bfloat16(
+    architecture: str, targets: str, tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = tiny_config(architecture)
+    assert_chain(config, tmp_path / "run", "model.dtype=bfloat16", "data.pack=false", f"adapter.targets={targets}")
+
+
 @pytest.mark.parametrize("override", METHODS)
 def test_method(override: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     assert_chain(tiny_config(), tmp_path / "run", override)
