@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +38,7 @@ class Evaluator:
     ) -> None:
         """Collective. Raises: UserError where a file is missing or of no use, or a question is malformed."""
         self.runner = Runner(tokenizer, settings.batch_tokens)
+        self._base: dict[str, Scores] = {}
         with comm.failing_together():
             self._questions = read_questions(settings.questions)
             self._options = [self._as_sequences(q) if isinstance(q, Choice) else [] for q in self._questions]
@@ -82,34 +85,49 @@ class Evaluator:
         domain, retention = texts[: len(self._domain)], texts[len(self._domain) :]
         return Scores(rows, _perplexity(self._domain, domain), _perplexity(self._retention, retention))
 
-    def score_base(self, engine: Any, weights: str, cache: Path) -> Scores:
-        """Score the base model, or take what an earlier run has found and left in the cache. Collective.
+    def base_key(self, engine: Any, weights: str) -> str:
+        """What names the scores of a base model here, in the cache and in a run's checkpoints. Local.
 
-        `engine` is DeepSpeed's, of the base or of an adapter on it that adds nothing yet; `weights` is the fingerprint
-        of its weights.
+        `engine` is DeepSpeed's, of the base alone or with an adapter; `weights` is the fingerprint of the base's.
         """
-        if not (self._questions or self._domain or self._retention):
-            return self.score(engine)
-        model = engine.module.get_base_model() if hasattr(engine.module, "peft_config") else engine.module
+        model: Any = engine.module.get_base_model() if isinstance(engine.module, PeftModel) else engine.module
         settings = [part.to_json_string(use_diff=False) for part in (model.config, model.generation_config)]
         settings.append(model.config._attn_implementation)
         place = [engine.device.type, comm.world_size(), self.runner.batch_tokens, torch.__version__]
         about = [_VERSION, self.digest, self._prompts(), weights, settings, place, transformers.__version__]
-        key = hashlib.sha256(repr(about).encode()).hexdigest()
-        file, known = cache / f"{key}.json", None
-        if comm.is_main():
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def score_base(self, engine: Any, weights: str, cache: Path, kept: str | None = None) -> Scores:
+        """Score the base model, or take what an earlier start or run has found and left in the cache. Collective.
+
+        `engine` and `weights` as in `base_key`; `kept` is what that said where the run began, maybe on other ranks.
+        """
+        own = self.base_key(engine, weights)
+        key = kept or own
+        if key not in self._base:
+            self._base[key] = self._base_scores(engine, [cache / "scores" / f"{name}.json" for name in (key, own)])
+        return self._base[key]
+
+    def _base_scores(self, engine: Any, files: list[Path]) -> Scores:
+        """The base model's from the first of the files that is there, or into the last."""
+        if not (self._questions or self._domain or self._retention):
+            return self.score(engine)
+        known: list[tuple[Path, dict[str, Any]]] = []
+        for file in files if comm.is_main() else []:
             with suppress(OSError, ValueError):  # there is none, or a power cut has left it empty
-                known = json.loads(file.read_text(encoding="utf-8"))
+                known.append((file, json.loads(file.read_text(encoding="utf-8"))))
         if known := comm.gather(known)[0]:
+            file, scores = known[0]
             comm.say(f"evaluation: the base model's scores are known, from {file}")
-            return Scores(**known)
-        scores = self.score(engine)
+            return Scores(**scores)
+        with _without_adapter(engine.module):
+            found = self.score(engine)
         if comm.is_main():
-            with suppress(OSError):  # the next run scores it again
-                cache.mkdir(parents=True, exist_ok=True)
-                with replacing(file, is_shared=True) as partial:
-                    partial.write_text(json.dumps(scores.as_dict()), encoding="utf-8")
-        return scores
+            with suppress(OSError):  # the next start scores it again
+                files[-1].parent.mkdir(parents=True, exist_ok=True)
+                with replacing(files[-1], is_shared=True) as partial:
+                    partial.write_text(json.dumps(found.as_dict()), encoding="utf-8")
+        return found
 
     def _prompts(self) -> list[list[int]]:
         """The tokens of each open question."""
@@ -126,6 +144,20 @@ class Evaluator:
         return self.runner.continuations(
             model, self._prompts(), new_tokens=max([_LEAST_ANSWER, *(2 * n for n in accepted)])
         )
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    """Let a model be its base in the body."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        yield
+    model.requires_grad_(False)  # peft would have all of the adapter train now, MiCA's B among it
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def _perplexity(sequences: list[Sequence], found: list[Likelihood]) -> float | None:

@@ -35,6 +35,7 @@ from mica_ds.record import discard_after, open_run_folder, record_beginning, rec
 from mica_ds.report import SUMMARY, print_evaluation, print_summary, write_evaluation
 from mica_ds.resume import (
     attach,
+    base_scores,
     checked_weights,
     chosen_checkpoint,
     exported_checkpoint,
@@ -44,7 +45,6 @@ from mica_ds.resume import (
     is_own,
     made_of,
     restarted,
-    scores_before,
     start_point,
 )
 from mica_ds.scores import MEASURES, Scores, compare, is_scored, write_rows
@@ -125,7 +125,7 @@ def train(config: Config) -> None:
             comm.say(f"export: {best.name} is the best one, and is exported instead of the last, {checkpoint.name}")
             load_trained(engine, best)
             after = evaluator.score(engine)
-        before = scores_before(checkpoint, evaluator)
+        before = base_scores(config, evaluator, engine, checkpoint)
         save_probe(engine, dataset[0]["input_ids"][:32].tolist(), folder)
         summary = {
             "exported_step": read_state(best)["step"],
@@ -195,10 +195,11 @@ def evaluate(config: Config) -> None:
         return score_suites(suites, evaluator.runner, engine, folder, name)
 
     after, suites_after = evaluator.score(engine), run_suites("checkpoint" if checkpoint else "base")
-    before, suites_before = scores_before(checkpoint, evaluator) if checkpoint else None, {}
+    before = base_scores(config, evaluator, engine, checkpoint) if checkpoint else None
+    suites_before: dict[str, Marks] = {}
     if checkpoint and config.adapter.method != "full":  # which leaves no base model to compare with
         with cast(PeftModel, engine.module).disable_adapter():
-            before, suites_before = before or evaluator.score(engine), run_suites("base")
+            suites_before = run_suites("base")
     with comm.failing_together():
         if comm.is_main():
             evaluated = {

@@ -133,10 +133,18 @@ def _scored_after(config: Config, newest: Path) -> list[dict[str, float]]:
     return [{**{key: value for key, value in found.items() if value is not None}, "step": summary["steps"]}]
 
 
-def scores_before(checkpoint: Path, evaluator: Evaluator) -> Scores | None:
-    """The base model's, as a run's checkpoint holds them; None where they are of other questions or text. Local."""
+def base_scores(config: Config, evaluator: Evaluator, engine: nn.Module, checkpoint: Path) -> Scores | None:
+    """The base model's: of a full fine-tuning from the checkpoint, else from the cache or scored anew. Collective.
+
+    None where a checkpoint holds those of other questions or text.
+    """
     state = read_state(checkpoint)
-    return Scores(**state["run"]["before"]) if state["origin"][_SCORED] == evaluator.digest else None
+    before = state["run"]["before"] if state["origin"][_SCORED] == evaluator.digest else None
+    if isinstance(before, dict):
+        return Scores(**before)
+    if config.adapter.method == "full":
+        return None
+    return evaluator.score_base(engine, state["origin"][WEIGHTS], config.data.cache, before)
 
 
 def is_complete(config: Config, step: int) -> bool:

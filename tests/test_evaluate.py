@@ -4,9 +4,12 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mica_ds.config import EvaluateSettings
@@ -41,6 +44,24 @@ def test_padded_batches_score_as_each_sequence_alone(tiny_model: Callable[[str],
         wanted = -sum(scores[i - 1, label].item() for i, label in enumerate(sequence.labels) if label != -100)
         assert likelihood.loss == pytest.approx(wanted, rel=1e-5)
     assert [likelihood.is_greedy for likelihood in found] == [False, False, True]
+
+
+def test_the_base_under_an_adapter_is_scored_as_without_it(
+    alone: None, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """And what trains is what trained: of MiCA A alone, which peft would change."""
+    (tmp_path / "text.txt").write_text("The Quillmar press was built in Torvane.")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    evaluator = Evaluator(EvaluateSettings(retention=tmp_path / "text.txt"), tokenizer, 32)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    expected = evaluator.score(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    assert evaluator.score(model) != expected
+    engine: Any = DistributedDataParallel(model)
+    assert evaluator.score_base(engine, "weights", tmp_path) == expected
+    assert all(parameter.requires_grad == ("lora_A" in name) for name, parameter in model.named_parameters())
 
 
 def test_batches_keep_within_the_tokens_and_lose_nothing() -> None:

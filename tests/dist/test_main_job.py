@@ -78,6 +78,8 @@ def test_a_checkpoint_is_no_larger_than_what_it_must_hold(run: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     assert state["files"].keys() | {"state.json"} == {file.name for file in checkpoint.iterdir()}
     assert state["run"]["basis_fingerprint"] == manifest(run)["fingerprint"]
+    cache = ROOT / yaml.safe_load((run / "config.yaml").read_text())["data"]["cache"]
+    assert (cache / "scores" / f"{state['run']['before']}.json").is_file()  # what can be scored again is not held
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     factors = load_file(run / "adapter" / "adapter_model.safetensors")
     needed = sum(

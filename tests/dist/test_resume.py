@@ -229,15 +229,19 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
 
 
 def test_on_three_ranks_from_a_chosen_checkpoint(reference: Run, other: Run) -> None:
+    """And without the cache: the base is scored again, under the adapter."""
     chosen = reference.checkpoint(2 * EPOCH)  # between two epochs
     other.take(reference, 5)  # which is not the past of a checkpoint from elsewhere
     plain_zero3 = f"deepspeed={ROOT}/configs/deepspeed/zero3.json"
-    finished = other.train(3, f"resume={chosen}", plain_zero3)
+    finished = other.train(3, f"resume={chosen}", plain_zero3, f"data.cache={other.folder.parent / 'tokens'}")
     assert finished.codes == [0] * 3, finished.output
     assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 2 * EPOCH}
     assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
     assert other.checkpoints() == [f"step-{step:06d}" for step in range(2 * EPOCH + 1, STEPS + 1)]
     other.assert_nothing_read_again()
+    before, after = reference.summary(), other.summary()
+    assert after["knowledge_before"] == before["knowledge_before"]
+    assert after["retention_before"] == pytest.approx(before["retention_before"], rel=1e-6)
     trained = [load_file(run.checkpoint(STEPS) / "model-00001.safetensors") for run in (reference, other)]
     for name, tensor in trained[0].items():
         torch.testing.assert_close(trained[1][name], tensor, rtol=0, atol=1e-4)
