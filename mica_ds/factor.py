@@ -134,7 +134,7 @@ def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor:
 def gram(T_KL: torch.Tensor) -> torch.Tensor:
     """The lower triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
     G_KK = symmetric.zeros(len(T_KL), T_KL.device)
-    for part in _fp64_parts(T_KL, 4 * _CHUNK):
+    for part in _fp64_parts(T_KL, 8 * _CHUNK):
         symmetric.add_gram(G_KK, part)
     return G_KK
 
