@@ -41,7 +41,6 @@ class RunCallback(TrainerCallback):
         self._facts = {"train_seconds": 0.0, "skipped_steps": 0, **facts}
         self._skipped_in_a_row = 0
         self._is_out_of_patience = False
-        self._is_new = True
         self._random_state_of: Path | None = None
         self.is_preempted = False
         """Whether the run has stopped at a signal, with a checkpoint."""
@@ -50,24 +49,24 @@ class RunCallback(TrainerCallback):
 
     def resume(self, checkpoint: Path) -> None:
         """Go on with what an earlier start has found. Local, before training."""
-        self._is_new, self._facts = False, read_state(checkpoint)["run"]
+        self._facts = read_state(checkpoint)["run"]
         self._meter.tokens = self._facts["tokens"]
         self._random_state_of = checkpoint
 
     def facts(self) -> dict[str, Any]:
-        """What the run has found over all its starts: seconds, skipped steps, how the base model scored. Local."""
+        """What the run has found over all its starts: seconds, skipped steps, the base's scores or their key. Local."""
         seconds = self._facts["train_seconds"] + time.perf_counter() - self._started
         return {**self._facts, "train_seconds": seconds, "tokens": self._meter.tokens}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trim()
         check_separation(self._trainer.model_wrapped, self._config)
-        if self._is_new:  # the engine exists now
-            engine = self._trainer.model_wrapped
-            before = self._evaluator.score_base(engine, self._weights, self._config.data.cache)
+        if "before" not in self._facts:  # the engine exists now
+            engine, evaluator = self._trainer.model_wrapped, self._evaluator
+            key = evaluator.base_key(engine, self._weights)
+            before = evaluator.score_base(engine, self._weights, self._config.data.cache)
             # No later start of a full fine-tuning can score the base again.
-            is_lost = self._config.adapter.method == "full"
-            self._facts["before"] = before.as_dict() if is_lost else self._evaluator.base_key(engine, self._weights)
+            self._facts["before"] = before.as_dict() if self._config.adapter.method == "full" else key
             self._note(before, state, control)
         elif self._is_due(state) and not is_scored(state.log_history, state.global_step):
             # A signal came first. Where this was the last of evaluate.patience, training stops after one more step.

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,7 @@ class Evaluator:
             file, scores = known[0]
             comm.say(f"evaluation: the base model's scores are known, from {file}")
             return Scores(**scores)
-        with _without_adapter(engine.module):
+        with engine.module.disable_adapter() if isinstance(engine.module, PeftModel) else nullcontext():
             found = self.score(engine)
         if comm.is_main():
             with suppress(OSError):  # the next start scores it again
@@ -144,20 +143,6 @@ class Evaluator:
         return self.runner.continuations(
             model, self._prompts(), new_tokens=max([_LEAST_ANSWER, *(2 * n for n in accepted)])
         )
-
-
-@contextmanager
-def _without_adapter(model: nn.Module) -> Iterator[None]:
-    """Let a model be its base in the body."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter():
-        yield
-    model.requires_grad_(False)  # peft would have all of the adapter train now, MiCA's B among it
-    for parameter in trained:
-        parameter.requires_grad_(True)
 
 
 def _perplexity(sequences: list[Sequence], found: list[Likelihood]) -> float | None:

@@ -25,7 +25,7 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 EPS64 = torch.finfo(torch.float64).eps
 SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
 _ROUGH = 1e-5  # the tolerance of residuals, relative to their eigenvalues, that fp32 can meet
-_CHUNK = 1 << 19  # entries that are cast to fp64 at a time: they stay in the cache
+_CHUNK = 1 << 19  # entries that are cast to fp64 at a time, to stay in the cache; for a Gram more
 
 
 @dataclass(frozen=True)

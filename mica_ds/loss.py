@@ -28,7 +28,7 @@ def tile_loss(model: Any, tile: int) -> None:
     """Have a model make its training loss by tiles of so many logits. Local.
 
     While training, its head gives a stand-in for the logits, which notes what the model does to them (scales, caps,
-    words cut off), and the loss does the same to each tile's.
+    words cut off), and the loss does the same to each tile's. So that has to be done to each token alone.
     """
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     head: Any = base.get_output_embeddings()
@@ -52,7 +52,9 @@ def trains(head: nn.Module) -> bool:
 
 
 class _StandIn(fx.Proxy):
-    """In the logits' place: notes what is done to it in its node's graph, and has their shape, if a model asks."""
+    """In the logits' place: notes what is done to it in its node's graph. At first it has their shape, too."""
+
+    __module__ = "builtins"  # of other outputs than tensors DeepSpeed (0.19.8) warns, which would have a backward
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         graph = fx.Graph()

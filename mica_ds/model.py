@@ -117,10 +117,11 @@ def read_model_config(path: Path) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"model.path: {path} holds a {config.model_type} model, which is no causal language model")
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if (
-        "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names
-    ):  # a loss of its own: an encoder's counterpart, or older
+    makes_its_own_loss = "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names
+    if makes_its_own_loss:
         raise UserError(f"model.path: {path} holds a {config.model_type} model, which is not trained by its next token")
+    if getattr(config, "z_loss_coefficient", 0):  # Bamba's, of the whole logits
+        raise UserError(f"model.path: {path}/config.json adds a z-loss; set its z_loss_coefficient to 0")
     return config
 
 

@@ -136,7 +136,7 @@ def _scored_after(config: Config, newest: Path) -> list[dict[str, float]]:
 def base_scores(config: Config, evaluator: Evaluator, engine: nn.Module, checkpoint: Path) -> Scores | None:
     """The base model's: of a full fine-tuning from the checkpoint, else from the cache or scored anew. Collective.
 
-    None where a checkpoint holds those of other questions or text.
+    None after a full fine-tuning whose checkpoint holds those of other questions or text.
     """
     state = read_state(checkpoint)
     before = state["run"]["before"] if state["origin"][_SCORED] == evaluator.digest else None

@@ -49,15 +49,16 @@ def test_padded_batches_score_as_each_sequence_alone(tiny_model: Callable[[str],
 def test_the_base_under_an_adapter_is_scored_as_without_it(
     alone: None, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """And what trains is what trained: of MiCA A alone, which peft would change."""
+    """And what trains is what trained: of MiCA A alone."""
     (tmp_path / "text.txt").write_text("The Quillmar press was built in Torvane.")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
     evaluator = Evaluator(EvaluateSettings(retention=tmp_path / "text.txt"), tokenizer, 32)
     base = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
     expected = evaluator.score(base)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica"))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_A" in name)
+        if "lora_A" in name:
+            torch.nn.init.ones_(parameter)
     assert evaluator.score(model) != expected
     engine: Any = DistributedDataParallel(model)
     assert evaluator.score_base(engine, "weights", tmp_path) == expected

@@ -52,6 +52,9 @@ def test_a_model_with_a_loss_of_its_own_is_refused(folder: Path) -> None:
     change(folder / "config.json", model_type="trocr")
     with pytest.raises(UserError, match="holds a trocr model, which is not trained by its next token"):
         read_model_config(folder)
+    change(folder / "config.json", model_type="bamba", z_loss_coefficient=0.1, mamba_n_heads=4, mamba_d_head=20)
+    with pytest.raises(UserError, match="set its z_loss_coefficient to 0"):
+        read_model_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -84,5 +87,11 @@ def test_mica_trains_a_alone_also_where_peft_casts_the_factors(tiny_model: Calla
         factors[factor_name(name, module, "A")] = torch.zeros(4, columns)
         factors[factor_name(name, module, "B")] = torch.randn(rows, 4)
     attached = attach_adapter(model, modules, adapter, factors)
-    trained = {name.rpartition("lora_")[2] for name, p in attached.named_parameters() if p.requires_grad}
-    assert trained == {"A.default.weight", "embedding_A.default"}
+
+    def trained() -> set[str]:
+        return {name.rpartition("lora_")[2] for name, p in attached.named_parameters() if p.requires_grad}
+
+    assert trained() == {"A.default.weight", "embedding_A.default"}
+    with attached.disable_adapter():  # as the base is scored
+        assert not trained()
+    assert trained() == {"A.default.weight", "embedding_A.default"}
