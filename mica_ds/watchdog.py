@@ -95,9 +95,7 @@ class Watchdog:
         self._token = token
         watch = self._watch(listener, address)
         threading.Thread(target=self._loop.run_until_complete, args=[watch], daemon=True).start()
-        if (
-            listener is None
-        ):  # a rank that is killed before rank 0 could hear of it would be missed by its silence alone
+        if listener is None:  # killed before rank 0 could hear of it, a rank would be missed by its silence alone
             self._has_joined.wait(self._patience)
 
     def be_patient(self, patience: float) -> None:
