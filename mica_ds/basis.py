@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mica_ds import comm, exchange, solver
+from mica_ds import comm, exchange, schedule, solver
 from mica_ds.cache import (
     Wanted,
     await_record,
@@ -133,30 +133,37 @@ def _solve(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from None
-    machine = exchange.measure_machine(source.dtype.itemsize)
-    # A file's reader has the whole matrix; and a Gram gives the minor vectors alone.
-    may_sum = source.is_sliced and wanted.subspace == "minor" and settings.factor in ("auto", "gram")
+    machine = schedule.measure_machine(source.dtype.itemsize, source.is_sliced, settings.device)
+    # Only a Gram can be summed by several ranks, and it gives only the minor vectors.
+    may_sum = wanted.subspace == "minor" and settings.factor in ("auto", "gram")
     asked = settings.exchange if may_sum else "ship"
-    routes = {i: exchange.choose_route(source.matrices[i], wanted.r, machine, asked) for i in missing}
+    routes = {i: schedule.choose_route(source.matrices[i], wanted.r, machine, asked) for i in missing}
     with Progress([source.matrices[i] for i in missing], wanted.r) as progress:
         fingerprints, failed = _solve_by_gram(
             source, [i for i in missing if routes[i] == "gram"], wanted, folder, progress
         )
         shipped = [i for i in missing if routes[i] == "ship" or i in failed]
-        fingerprints |= _solve_shipped(source, shipped, wanted, settings, folder, progress)
+        assignment = schedule.assign([source.matrices[i] for i in shipped], wanted.r, machine, asked)
+        fingerprints |= _solve_shipped(source, shipped, assignment, wanted, settings, folder, progress)
     return fingerprints
 
 
 def _solve_shipped(
-    source: WeightSource, chosen: list[int], wanted: Wanted, settings: BasisSettings, folder: Path, progress: Progress
+    source: WeightSource,
+    chosen: list[int],
+    assignment: schedule.Assignment,
+    wanted: Wanted,
+    settings: BasisSettings,
+    folder: Path,
+    progress: Progress,
 ) -> dict[str, str]:
     matrices = [source.matrices[i] for i in chosen]
-    owners = exchange.assign_owners(matrices, wanted.r, comm.world_size())
+    shards = [source.shard(i, owner) for i, owner in zip(chosen, assignment.owners, strict=True)]
     fingerprints: dict[str, str] = {}
     error: Exception | None = None
-    for i, receive in exchange.ship([source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)], owners):
+    for i, receive in exchange.ship(shards, assignment):
         try:
-            fingerprints |= _solve_one(matrices[i], receive(), wanted, settings, folder, skip=progress.has_failed())
+            fingerprints |= _solve_one(matrices[i], receive, wanted, settings, folder, skip=progress.has_failed())
         except Exception as raised:  # go on: others may still be sending to this rank
             error = error or raised
             progress.fail()
@@ -168,21 +175,23 @@ def _solve_shipped(
 
 
 def _solve_one(
-    matrix: Matrix, W: torch.Tensor, wanted: Wanted, settings: BasisSettings, folder: Path, skip: bool
+    matrix: Matrix, receive: exchange.Receive, wanted: Wanted, settings: BasisSettings, folder: Path, skip: bool
 ) -> dict[str, str]:
-    """Solve a matrix, write it, and return its fingerprint by name; `skip` where it was only to be received."""
+    """Receive a matrix, solve and write it, and return its fingerprint by name; `skip` where it is only received."""
+    started = time.perf_counter()
+    W, halved_KK = receive()
     if skip:
         return {}
-    started = time.perf_counter()
     factor = None if settings.factor == "auto" else settings.factor
     try:
-        on_device = W.to(exchange.choose_device(matrix, settings.device))
-        solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor)
+        on_device = W.to(schedule.choose_device(matrix, settings.device))
+        solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor, halved_KK)
     except solver.NotFiniteError:
         raise UserError(f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again") from None
     stored = (on_device.T if matrix.is_transposed else on_device).reshape(-1)
     fingerprint = describe(matrix, stored.dtype, int(mixed_sum(stored, 0)))
-    write_basis(folder, matrix, solution, wanted, fingerprint, time.perf_counter() - started, "ship")
+    route = "ship" if halved_KK is None else "share"
+    write_basis(folder, matrix, solution, wanted, fingerprint, time.perf_counter() - started, route)
     return {matrix.name: fingerprint}
 
 
@@ -224,7 +233,7 @@ def _fingerprints(source: WeightSource, chosen: list[int], r: int) -> dict[str, 
     """
     if not chosen:
         return {}
-    owners = exchange.assign_owners([source.matrices[i] for i in chosen], r, comm.world_size())
+    owners = schedule.assign_owners([source.matrices[i] for i in chosen], r, comm.world_size())
     shards = [source.shard(i, owner) for i, owner in zip(chosen, owners, strict=True)]
     sums = torch.stack([mixed_sum(shard.read(), shard.bounds[comm.rank()]) for shard in shards])
     comm.sum_(sums)

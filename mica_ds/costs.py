@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mica_ds import exchange, factor
+from mica_ds import factor, schedule
 from mica_ds.adapter import lora_parameters
 from mica_ds.checks import checkpoint_bytes
 from mica_ds.config import Config, copy_group
@@ -48,14 +48,11 @@ def count_costs(config: Config, plan: Plan) -> Costs:
     bases, moved, seconds = 0, 0, 0.0
     if config.adapter.method == "mica":
         bases = sum(4 * r * matrix.shape[0] for matrix in matrices)
-        machine = exchange.Machine(ranks, itemsize, int(plan.cluster.room("host")))
-        for matrix in matrices:
-            is_shipped = exchange.choose_route(matrix, r, machine, config.basis.exchange) == "ship"
-            moved += exchange.shipped_bytes(matrix, machine) if is_shipped else exchange.gram_bytes(matrix, r, machine)
-        loads = [0.0] * ranks
-        for matrix, owner in zip(matrices, exchange.assign_owners(matrices, r, ranks), strict=True):
-            loads[owner] += factor.cost(matrix.shape, r)
-        seconds = max(loads)
+        machine = schedule.Machine(ranks, itemsize, int(plan.cluster.room("host")), is_sliced=True)
+        assignment = schedule.assign(matrices, r, machine, config.basis.exchange)
+        moved = sum(schedule.moved_bytes(matrices, assignment, r, machine, config.basis.exchange))
+        works = schedule.rank_work(matrices, assignment, r, ranks)
+        seconds = max(factor.seconds(work, factor.RATES) for work in works)
     return Costs(
         trained=sum(weights.trained),
         lora=lora,

@@ -1,127 +1,87 @@
-"""Shards to their owners: who solves which matrix, and what travels for it.
-
-Two routes. *Ship*: the slices of W go to its owner, which factors it: 2 · out · in bytes in all for bf16. *Gram*: each
-rank multiplies the rows it holds, and fp64 Grams are summed at the owner: about 4 K² bytes for each other rank, then
-one round trip for the vectors through W. The Gram pays where a matrix is long against K and the ranks are few, or where
-an owner has no room for W.
-"""
+"""Shards to their owners, by the routes and with the help that `schedule` chose."""
 
 import ctypes
 import functools
-import math
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 
-from mica_ds import comm, factor, process, solver, symmetric
-from mica_ds.shards import Matrix, Shard, whole_at
+from mica_ds import comm, factor, solver, symmetric
+from mica_ds.schedule import TILE, Assignment
+from mica_ds.shards import Shard, whole_at
 
-_TILE = 512  # rows of a Gram that are summed at a time
-# Compute capabilities of P100, V100, A100, H100 and B200; other GPUs have a 32nd of fp32's speed or less.
-_FAST_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+_HALF = 1 << 30  # the tag of what owners and helpers exchange; others are the matrices' indices
 
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choices depend on."""
-
-    ranks: int
-    itemsize: int
-    """Bytes of a stored element."""
-    memory: int
-    """Bytes that the rank with the least room has for a solve."""
+Receive = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def measure_machine(itemsize: int) -> Machine:
-    """Look at the ranks' memory. Collective."""
-    nodes = comm.gather((socket.gethostname(), process.free_memory()))
-    hosts = [host for host, _ in nodes]
-    return Machine(comm.world_size(), itemsize, min(free // hosts.count(host) for host, free in nodes))
-
-
-def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
-    """`ship` or `gram` for one matrix: what was asked, or the cheaper in bytes received of those that fit. Local.
-
-    A matrix that is stored short side first is cut across its long rows: its Gram would need columns, which costs as
-    much as shipping it.
-    """
-    rows, columns = matrix.stored_shape
-    if asked == "ship" or machine.ranks == 1 or rows < columns or factor.choose_factor(matrix.shape, r) == "eigh":
-        return "ship"
-    if asked == "gram":
-        return "gram"
-    whole = machine.itemsize * rows * columns
-    ship, gram = shipped_bytes(matrix, machine), gram_bytes(matrix, r, machine)
-    fits = whole + 8 * columns**2 <= machine.memory
-    return "ship" if (fits and ship <= gram) or rows == columns else "gram"
-
-
-def choose_device(matrix: Matrix, asked: str = "auto") -> torch.device:
-    """Where the owner solves a matrix that was shipped to it: on its GPU, if that pays, or on its CPU. Local.
-
-    It pays where fp64 runs at half the speed of fp32, and there is room for W, the blocks, and for the whole solve that
-    may take over: the Gram before and its inverse factor, the Gram, its eigenvectors and cuSOLVER's workspace.
-    """
-    host = torch.device("cpu")
-    if asked == "cpu" or not torch.cuda.is_available() or torch.cuda.get_device_capability() not in _FAST_FP64:
-        return host
-    k, long = min(matrix.shape), max(matrix.shape)
-    needed = 4 * k * long + 8 * 8 * k * k + (1 << 30)
-    return torch.device("cuda") if needed <= torch.cuda.mem_get_info()[0] else host
-
-
-def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
-    """Bytes received at the owner where the slices are equal. Local."""
-    return machine.itemsize * math.prod(matrix.stored_shape) * (machine.ranks - 1) // machine.ranks
-
-
-def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
-    """Bytes received by all ranks: lower triangles to the owner, then X to all, Y and T Y back. Local.
-
-    gloo sums in a ring and then collects the parts: each sum costs 1 + 1 / P of what the owner needs of P − 1 ranks.
-    """
-    rows, columns = matrix.stored_shape
-    width = factor.block_width(r)
-    triangle, vectors = columns * (columns + _TILE) // 2, width * (2 * columns + rows // machine.ranks)
-    return (machine.ranks - 1) * 8 * (triangle + triangle // machine.ranks + vectors)
-
-
-def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
-    """The owner of each matrix: longest processing time first, each to the least loaded rank. Local."""
-    costs = [factor.cost(matrix.shape, r) for matrix in matrices]
-    load = [0.0] * ranks
-    owners = [0] * len(matrices)
-    for i in sorted(range(len(matrices)), key=lambda i: -costs[i]):
-        owners[i] = load.index(min(load))
-        load[owners[i]] += costs[i]
-    return owners
-
-
-def ship(shards: list[Shard], owners: list[int]) -> Iterator[tuple[int, Callable[[], torch.Tensor]]]:
-    """Yield (index, what returns W (out, in)) of each matrix that this rank owns. Collective.
+def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Receive]]:
+    """Yield (index, what receives W (out, in), and its Gram if that is shared) of this rank's matrices. Collective.
 
     All sends are started first and run in the background: no rank waits for another's solve before it begins its own.
-    A rank receives out · in elements for each matrix it owns, less its own slice, and holds one matrix at a time if the
-    caller lets go of each before it asks for the next. Each must be asked for: others are sending it.
+    Owners and helpers begin with what they share. A rank receives out · in elements for each matrix it owns, less its
+    own slice, and holds one matrix at a time if the caller lets go of each before it asks for the next. Each must be
+    asked for: others are sending it.
     """
     rank = comm.rank()
     sends = []
-    for i, (shard, owner) in enumerate(zip(shards, owners, strict=True)):
+    for i, (shard, owner) in enumerate(zip(shards, assignment.owners, strict=True)):
         if owner != rank and shard.bounds[rank] < shard.bounds[rank + 1]:
             sends += _send(shard, shard.read(), whole_at(owner, shard.matrix), tag=i)
-    for i, (shard, owner) in enumerate(zip(shards, owners, strict=True)):
-        if owner == rank:
-            yield i, functools.partial(_receive_whole, shard, owner, tag=i)
+    for i, helper in assignment.helpers.items():
+        if helper == rank:
+            _send_gram(_second_half(shards[i], assignment.owners[i]), assignment.owners[i])
+    owned = [i for i, owner in enumerate(assignment.owners) if owner == rank]
+    for i in sorted(owned, key=lambda i: i not in assignment.helpers):
+        yield i, functools.partial(_receive_whole, shards[i], assignment.helpers.get(i), tag=i)
     comm.wait(sends)
 
 
-def _receive_whole(shard: Shard, owner: int, tag: int) -> torch.Tensor:
+def _receive_whole(shard: Shard, helper: int | None, tag: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     matrix = shard.matrix
-    W = _receive(shard, shard.read(), whole_at(owner, matrix), tag).view(matrix.stored_shape)
-    return W.T if matrix.is_transposed else W
+    stored = _receive(shard, shard.read(), whole_at(comm.rank(), matrix), tag).view(matrix.stored_shape)
+    halved_KK = None if helper is None else _share_gram(shard, stored, helper)
+    return stored.T if matrix.is_transposed else stored, halved_KK
+
+
+def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor:
+    """What `factor.halved_gram` makes of a matrix, of whose second half the helper sends it."""
+    is_long = len(stored) > stored.shape[1]
+    half = factor.halfway(max(stored.shape))
+    sends = []
+    if shard.bounds[helper] == shard.bounds[helper + 1]:  # the files' reader has all
+        second = stored[half:] if is_long else stored[:, half:].contiguous()
+        sends.append(comm.send(second, helper, _HALF))
+    G_KK = factor.gram(stored[:half].T if is_long else stored[:, :half])
+    for rows in symmetric.strips(len(G_KK)):
+        strip = torch.empty(rows.stop - rows.start, rows.stop, dtype=torch.float64)
+        comm.wait([comm.receive(strip, helper, _HALF)])
+        symmetric.add_strip(G_KK, rows, strip)
+    diagonal = torch.empty(len(G_KK), dtype=torch.float64)
+    comm.wait([comm.receive(diagonal, helper, _HALF)])
+    G_KK.diagonal().add_(diagonal)
+    comm.wait(sends)
+    return G_KK
+
+
+def _second_half(shard: Shard, owner: int) -> torch.Tensor:
+    """The columns of T of which this rank sums the Gram."""
+    rows, columns = shard.matrix.stored_shape
+    half = factor.halfway(max(rows, columns))
+    values = shard.read()
+    if len(values):
+        return values[half * columns - shard.bounds[comm.rank()] :].view(-1, columns).T
+    second = torch.empty((rows - half, columns) if rows > columns else (rows, columns - half), dtype=values.dtype)
+    comm.wait([comm.receive(second, owner, _HALF)])
+    return second.T if rows > columns else second
+
+
+def _send_gram(T_KL: torch.Tensor, owner: int) -> None:
+    G_KK = factor.gram(T_KL, to_lower=False)
+    for rows in symmetric.strips(len(G_KK)):
+        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HALF)])
+    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HALF)])
 
 
 def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[int, solver.Solution | None]]:
@@ -174,11 +134,11 @@ def _sum_gram(rows_PK: torch.Tensor, owner: int) -> torch.Tensor | None:
     """The lower triangle of the Gram of all ranks' rows, fp64, at the owner; None elsewhere. Collective."""
     k = rows_PK.shape[1]
     G_KK = symmetric.zeros(k, torch.device("cpu")) if owner == comm.rank() else None
-    tiles, casts = (torch.empty(_TILE * k, dtype=torch.float64) for _ in range(2))
-    for start in range(0, k, _TILE):
-        stop = min(start + _TILE, k)
+    tiles, casts = (torch.empty(TILE * k, dtype=torch.float64) for _ in range(2))
+    for start in range(0, k, TILE):
+        stop = min(start + TILE, k)
         tile = tiles[: (stop - start) * stop].view(-1, stop).zero_()
-        for part in rows_PK.split(_TILE):
+        for part in rows_PK.split(TILE):
             fp64 = casts[: len(part) * stop].view(-1, stop).copy_(part[:, :stop])
             tile.addmm_(fp64[:, start:].T, fp64)
         comm.sum_to(tile, owner)

@@ -61,8 +61,13 @@ def block_width(r: int) -> int:
 
 
 def cost(shape: tuple[int, int], r: int) -> float:
-    """Seconds of a solve on one core of an Intel Xeon with AVX-512, to compare matrices. Local."""
-    return sum(amount / _RATES[kind] for kind, amount in work(shape, r).items())
+    """Seconds of a solve by `RATES`, to compare matrices. Local."""
+    return seconds(work(shape, r), RATES)
+
+
+def seconds(work: dict[str, float], rates: dict[str, float]) -> float:
+    """The time that some work takes at these rates. Local."""
+    return sum(amount / rates[kind] for kind, amount in work.items())
 
 
 def work(shape: tuple[int, int], r: int) -> dict[str, float]:
@@ -76,14 +81,17 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
     return {"gram": long * k**2, "eigh": 4 / 3 * k**3}
 
 
-# Operations (bytes) a second of one core, and how often a solve reads its factor or as much: measured, see
-# tests/benchmarks.
-_RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
+# Operations (bytes) a second of one core of an Intel Xeon with AVX-512, and how often a solve reads its factor or as
+# much: measured, see tests/benchmarks.
+RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
 _PASSES = {"lu": 40, "gram": 25}
 
 
-def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
-    """Factor T and find a start. Raises: LinAlgError where T is singular to the factor's rounding."""
+def factorise(T_KL: torch.Tensor, r: int, factor: Factor, halved_KK: torch.Tensor | None = None) -> Factored:
+    """Factor T and find a start; `halved_KK` is what `halved_gram` makes of T, where that is known.
+
+    Raises: LinAlgError where T is singular to the factor's rounding.
+    """
     k = len(T_KL)
     if factor == "lu":
         T32_KK = torch.empty(k, k).copy_(T_KL)  # by rows, however T lies in memory
@@ -94,9 +102,9 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor) -> Factored:
         steps = min(8, k // 2 // width)
         start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
         return _factored(largest, inverse, start_KQ, factor)
-    G_KK = gram(T_KL)
     if factor == "gram":
-        return factor_gram(G_KK, r, is_refined=True)
+        return factor_gram(halved_gram(T_KL) if halved_KK is None else halved_KK, r, is_refined=True)
+    G_KK = gram(T_KL)
     largest = _largest_of_gram(G_KK)
     minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
     factored = functools.cache(lambda: _cholesky(G_KK, largest))  # made where it is needed, for a deficient T
@@ -131,11 +139,37 @@ def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor:
     return Factored(largest**0.5, lambda X: inverse(X).double(), start_KQ, factor)
 
 
-def gram(T_KL: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
-    G_KK = symmetric.zeros(len(T_KL), T_KL.device)
+def gram(T_KL: torch.Tensor, to_lower: bool = True) -> torch.Tensor:
+    """A triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
+    return _add_gram(symmetric.zeros(len(T_KL), T_KL.device), T_KL, to_lower)
+
+
+def _add_gram(G_KK: torch.Tensor, T_KL: torch.Tensor, to_lower: bool) -> torch.Tensor:
     for part in _fp64_parts(T_KL, 8 * _CHUNK):
-        symmetric.add_gram(G_KK, part)
+        symmetric.add_gram(G_KK, part, to_lower)
+    return G_KK
+
+
+def halfway(long: int) -> int:
+    """The columns of T in the first half. Local."""
+    return -(-long // 2)
+
+
+def halved_gram(T_KL: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of T Tᵀ in fp64, as the sum of two: of the first half of T's columns, and of the others.
+
+    Two ranks may sum one each, and get the same bits (`exchange`). The second half takes the upper triangle's place.
+    """
+    if not symmetric.on_host(T_KL):
+        return gram(T_KL)
+    half = halfway(T_KL.shape[1])
+    G_KK = gram(T_KL[:, :half])
+    diagonal = G_KK.diagonal().clone()
+    G_KK.diagonal().zero_()
+    _add_gram(G_KK, T_KL[:, half:], to_lower=False)
+    for rows in symmetric.strips(len(G_KK)):
+        symmetric.add_strip(G_KK, rows, symmetric.read_strip(G_KK, rows))
+    G_KK.diagonal().add_(diagonal)
     return G_KK
 
 

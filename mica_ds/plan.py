@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mica_ds import exchange, factor
+from mica_ds import factor, schedule
 from mica_ds.adapter import adapter_skeleton, target_modules
 from mica_ds.arguments import accumulation_steps
 from mica_ds.config import AdapterSettings, Config, ModelSettings
@@ -169,9 +169,9 @@ def _loading(zero: Zero, weights: Weights) -> list[Part]:
 
 def _bases(config: Config, zero: Zero, matrices: list[Matrix]) -> list[Part]:
     """The largest solve, and the slices that wait to be sent, where they do not lie on the host already."""
-    machine = exchange.Machine(zero.ranks, zero.itemsize, int(zero.cluster.room("host")))
+    machine = schedule.Machine(zero.ranks, zero.itemsize, int(zero.cluster.room("host")), is_sliced=True)
     r, asked = config.adapter.r, config.basis.exchange
-    shipped = [m for m in matrices if exchange.choose_route(m, r, machine, asked) == "ship"]
+    shipped = [m for m in matrices if schedule.choose_route(m, r, machine, asked) == "ship"]
     solve = max((solve_bytes(matrix, r, zero.itemsize, matrix in shipped) for matrix in matrices), default=0)
     parts = [Part("basis engine", "host", solve)]
     if zero.parameters != "host" and zero.ranks > 1:

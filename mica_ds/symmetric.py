@@ -4,6 +4,8 @@ On the host scipy's OpenBLAS beats torch's MKL for these, and takes half the mem
 Shapes: G (K, K), column-major on the host, as `zeros` makes it.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.linalg
 import torch
@@ -11,6 +13,7 @@ import torch
 # What numpy and torch raise where a factorisation or an eigenproblem fails.
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _CHUNK = 1 << 20  # entries that are rounded at a time
+STRIP = 128  # rows of a triangle that are moved at a time: what they move of the other one is a 30th
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -23,14 +26,31 @@ def zeros(k: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(k, k, dtype=torch.float64, device=device).T
 
 
-def add_gram(G_KK: torch.Tensor, part_KQ: torch.Tensor) -> None:
-    """G += P Pᵀ, in place; P is fp64 and lies by rows or by columns."""
+def add_gram(G_KK: torch.Tensor, part_KQ: torch.Tensor, to_lower: bool = True) -> None:
+    """G += P Pᵀ, in place, in one triangle alone on the host; P is fp64 and lies by rows or by columns."""
     if not on_host(G_KK):
         G_KK.addmm_(part_KQ, part_KQ.T)
         return
     is_by_rows = part_KQ.stride(1) == 1
     by_columns = (part_KQ.T if is_by_rows else part_KQ).numpy()
-    scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G_KK.numpy(), trans=is_by_rows, lower=True, overwrite_c=True)
+    G = G_KK.numpy()
+    scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G, trans=is_by_rows, lower=to_lower, overwrite_c=True)
+
+
+def strips(k: int) -> Iterator[slice]:
+    """The rows of a triangle, some at a time."""
+    return (slice(start, min(start + STRIP, k)) for start in range(0, k, STRIP))
+
+
+def read_strip(G_KK: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Some rows of the upper triangle's transpose, up to the diagonal's block, a view."""
+    return G_KK.T[rows, : rows.stop]
+
+
+def add_strip(G_KK: torch.Tensor, rows: slice, strip: torch.Tensor) -> None:
+    """Add to the lower triangle what `read_strip` gave of a Gram, this one or another, but for its diagonal."""
+    G_KK[rows, : rows.start] += strip[:, : rows.start]
+    G_KK[rows, rows] += strip[:, rows].tril(-1)
 
 
 def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:

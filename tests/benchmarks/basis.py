@@ -238,7 +238,7 @@ def measure_rates() -> dict[str, float]:
 
     return {
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
-        "gram": long * k**2 / timed(lambda: factor.gram(T_KL)),
+        "gram": long * k**2 / timed(lambda: factor.halved_gram(T_KL)),
         "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.numpy().copy(order="F"),)),
         "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=wanted)),
         "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
@@ -248,22 +248,20 @@ def measure_rates() -> dict[str, float]:
 def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
     """The schedule of layers of Llama-3-70B from ZeRO-3's slices: loads by measured rates, and bytes received. Local.
 
-    The owners are those that the engine chooses, by its own fixed rates. What a matrix on the Gram route costs and
-    receives is counted as its owner's.
+    The owners and helpers are those that the engine chooses, by its own fixed rates. What a matrix on the Gram route
+    costs and receives is counted as its owner's.
     """
-    from mica_ds import exchange
+    from mica_ds import schedule
     from mica_ds.shards import Matrix
 
-    machine = exchange.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT)
+    machine = schedule.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT, is_sliced=True)
     matrices = [Matrix(f"{i}.{name}", shape, False) for i in range(layers) for name, shape in LLAMA_70B.items()]
-    load, received, by_gram = [0.0] * ranks, [0] * ranks, 0
-    for matrix, owner in zip(matrices, exchange.assign_owners(matrices, R, ranks), strict=True):
-        load[owner] += sum(amount / rates[kind] for kind, amount in factor.work(matrix.shape, R).items())
-        if exchange.choose_route(matrix, R, machine) == "gram":
-            by_gram += 1
-            received[owner] += exchange.gram_bytes(matrix, R, machine)
-        else:
-            received[owner] += exchange.shipped_bytes(matrix, machine)
+    assignment = schedule.assign(matrices, R, machine)
+    load = [factor.seconds(work, rates) for work in schedule.rank_work(matrices, assignment, R, ranks)]
+    received = [0] * ranks
+    for owner, moved in zip(assignment.owners, schedule.moved_bytes(matrices, assignment, R, machine), strict=True):
+        received[owner] += moved
+    by_gram = sum(schedule.choose_route(matrix, R, machine) == "gram" for matrix in matrices)
     seconds = max(load)
     found: Found = {"ranks": ranks, "seconds": seconds, "balance": sum(load) / ranks / seconds, "by_gram": by_gram}
     return {**found, "bytes": sum(received), "most_received": max(received)}

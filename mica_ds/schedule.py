@@ -1,0 +1,190 @@
+"""Who solves which matrix where, how its weight gets there, and what all of that moves and takes: the engine's choices.
+
+Two routes. *Ship*: the slices of W go to its owner, which factors it: 2 · out · in bytes in all for bf16. *Gram*: each
+rank multiplies the rows it holds, and fp64 Grams are summed at the owner: about 4 K² bytes for each other rank, then
+one round trip for the vectors through W. The Gram pays where a matrix is long against K and the ranks are few, or where
+an owner has no room for W.
+
+Where few matrices are most of the work they do not share out evenly. Then a rank with less to do helps an owner: it
+sums the second half of a shipped matrix's Gram, which takes most of the time of a long one, and sends 4 K² bytes.
+"""
+
+import math
+import socket
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from mica_ds import comm, factor, process, symmetric
+from mica_ds.shards import Matrix
+
+TILE = 512
+"""Rows of a Gram that all ranks sum at a time."""
+# Compute capabilities of P100, V100, A100, H100 and B200; other GPUs have a 32nd of fp32's speed or less.
+_FAST_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choices depend on."""
+
+    ranks: int
+    itemsize: int
+    """Bytes of a stored element."""
+    memory: int
+    """Bytes that the rank with the least room has for a solve."""
+    is_sliced: bool
+    """Whether each rank holds a slice of each matrix; else the files hold them."""
+    is_on_host: bool = True
+    """Whether no owner solves on a GPU."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Who solves what."""
+
+    owners: list[int]
+    """The rank that solves each matrix."""
+    helpers: dict[int, int]
+    """The rank that sums the second half of a Gram for the owner, by the matrix's index; a later rank than that."""
+
+
+def measure_machine(itemsize: int, is_sliced: bool, device: str) -> Machine:
+    """Look at the ranks' memory and GPUs. Collective."""
+    nodes = comm.gather((socket.gethostname(), process.free_memory(), _solves_on_host(device)))
+    hosts = [host for host, _, _ in nodes]
+    memory = min(free // hosts.count(host) for host, free, _ in nodes)
+    return Machine(comm.world_size(), itemsize, memory, is_sliced, all(is_on_host for _, _, is_on_host in nodes))
+
+
+def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
+    """`ship` or `gram` for one matrix: what was asked, or the cheaper in bytes received of those that fit. Local.
+
+    A matrix that is stored short side first is cut across its long rows: its Gram would need columns, which costs as
+    much as shipping it. A file's reader has the whole matrix.
+    """
+    rows, columns = matrix.stored_shape
+    is_whole = machine.ranks == 1 or not machine.is_sliced
+    if asked == "ship" or is_whole or rows < columns or factor.choose_factor(matrix.shape, r) == "eigh":
+        return "ship"
+    if asked == "gram":
+        return "gram"
+    whole = machine.itemsize * rows * columns
+    ship, gram = shipped_bytes(matrix, machine), gram_bytes(matrix, r, machine)
+    fits = whole + 8 * columns**2 <= machine.memory
+    return "ship" if (fits and ship <= gram) or rows == columns else "gram"
+
+
+def choose_device(matrix: Matrix, asked: str = "auto") -> torch.device:
+    """Where the owner solves a matrix that was shipped to it: on its GPU, if that pays, or on its CPU. Local.
+
+    It pays where fp64 runs at half the speed of fp32, and there is room for W, the blocks, and for the whole solve that
+    may take over: the Gram before and its inverse factor, the Gram, its eigenvectors and cuSOLVER's workspace.
+    """
+    host = torch.device("cpu")
+    if _solves_on_host(asked):
+        return host
+    k, long = min(matrix.shape), max(matrix.shape)
+    needed = 4 * k * long + 8 * 8 * k * k + (1 << 30)
+    return torch.device("cuda") if needed <= torch.cuda.mem_get_info()[0] else host
+
+
+def _solves_on_host(asked: str) -> bool:
+    has_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() in _FAST_FP64
+    return asked == "cpu" or not has_gpu
+
+
+def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
+    """Bytes received at the owner where the slices are equal. Local."""
+    return machine.itemsize * math.prod(matrix.stored_shape) * (machine.ranks - 1) // machine.ranks
+
+
+def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
+    """Bytes received by all ranks: lower triangles to the owner, then X to all, Y and T Y back. Local.
+
+    gloo sums in a ring and then collects the parts: each sum costs 1 + 1 / P of what the owner needs of P − 1 ranks.
+    """
+    rows, columns = matrix.stored_shape
+    width = factor.block_width(r)
+    triangle, vectors = columns * (columns + TILE) // 2, width * (2 * columns + rows // machine.ranks)
+    return (machine.ranks - 1) * 8 * (triangle + triangle // machine.ranks + vectors)
+
+
+def shared_bytes(matrix: Matrix, machine: Machine) -> int:
+    """Bytes received for a matrix with a helper: half of it on either side, and a Gram's triangle. Local."""
+    k = min(matrix.shape)
+    return machine.itemsize * math.prod(matrix.shape) // 2 + 8 * k * (k + symmetric.STRIP) // 2
+
+
+def moved_bytes(
+    matrices: list[Matrix], assignment: Assignment, r: int, machine: Machine, asked: str = "auto"
+) -> list[int]:
+    """Bytes received for each matrix. Local."""
+    moved = []
+    for i, matrix in enumerate(matrices):
+        if choose_route(matrix, r, machine, asked) == "gram":
+            moved.append(gram_bytes(matrix, r, machine))
+        else:
+            moved.append((shared_bytes if i in assignment.helpers else shipped_bytes)(matrix, machine))
+    return moved
+
+
+def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
+    """The owner of each matrix: longest processing time first, each to the least loaded rank. Local.
+
+    The ranks are numbered by their load, the busiest first.
+    """
+    costs = [factor.cost(matrix.shape, r) for matrix in matrices]
+    load = [0.0] * ranks
+    owners = [0] * len(matrices)
+    for i in sorted(range(len(matrices)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    places = sorted(range(ranks), key=lambda rank: -load[rank])
+    return [places.index(owner) for owner in owners]
+
+
+def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto") -> Assignment:
+    """Owners for all matrices, and helpers for some where all would else take 5 % longer. Local.
+
+    The busiest rank is helped by the least busy one, the second by the last but one, and so on, each with the costliest
+    of its matrices that may be shared.
+    """
+    owners, helpers = assign_owners(matrices, r, machine.ranks), {}
+    alone = Assignment(owners, {})
+    load = [factor.seconds(work, factor.RATES) for work in rank_work(matrices, alone, r, machine.ranks)]
+    longest = max(load)
+    shareable = [i for i, matrix in enumerate(matrices) if _may_share(matrix, r, machine, asked)]
+    for owner in range(machine.ranks // 2):
+        helper = machine.ranks - 1 - owner
+        mine = [i for i in shareable if owners[i] == owner]
+        if mine:
+            costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
+            half = factor.work(matrices[costliest].shape, r)["gram"] / 2 / factor.RATES["gram"]
+            if load[helper] + half < load[owner]:
+                helpers[costliest] = helper
+                load[owner] -= half
+                load[helper] += half
+    return Assignment(owners, helpers) if max(load) <= 0.95 * longest else alone
+
+
+def _may_share(matrix: Matrix, r: int, machine: Machine, asked: str) -> bool:
+    """Whether an owner may have help: where that moves little more than W, and one half is all that a helper holds."""
+    rows, columns = matrix.stored_shape
+    is_halved = not machine.is_sliced or (machine.ranks == 2 and rows > columns)
+    is_gram = rows != columns and factor.choose_factor(matrix.shape, r) == "gram" and machine.is_on_host
+    is_shipped = choose_route(matrix, r, machine) == "ship"  # and not summed of all ranks' slices
+    is_cheap = shared_bytes(matrix, machine) <= 1.1 * machine.itemsize * rows * columns
+    return asked == "auto" and is_halved and is_gram and is_shipped and is_cheap
+
+
+def rank_work(matrices: list[Matrix], assignment: Assignment, r: int, ranks: int) -> list[dict[str, float]]:
+    """The work of each rank by kind, as `factor.work` counts it. Local."""
+    totals: list[dict[str, float]] = [defaultdict(float) for _ in range(ranks)]
+    for i, (matrix, owner) in enumerate(zip(matrices, assignment.owners, strict=True)):
+        for kind, amount in factor.work(matrix.shape, r).items():
+            share = amount / 2 if kind == "gram" and i in assignment.helpers else 0.0
+            totals[owner][kind] += amount - share
+            totals[assignment.helpers.get(i, owner)][kind] += share
+    return totals
