@@ -154,6 +154,22 @@ def test_partial_grams_give_the_bases_of_whole_weights(ranks: int, middle: Path,
     assert manifest(tmp_path / "run")["fingerprint"] == manifest(tmp_path / "whole")["fingerprint"]
 
 
+@pytest.mark.parametrize(
+    ("ranks", "program", "target"),
+    [(2, PARTITIONED, "up_proj"), (2, "mica_ds", "up_proj"), (3, "mica_ds", "down_proj")],
+)
+def test_a_helper_sums_half_of_a_gram_and_the_bits_are_the_same(
+    ranks: int, program: str, target: str, middle: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, middle, adapter={"r": 5, "targets": [target]})
+    run_bases(ranks, config, program=program)
+    run_bases(1, config, f"output_dir={tmp_path}/alone")
+    (shared,), (alone,) = (manifest(tmp_path / run)["matrices"] for run in ("run", "alone"))
+    assert (shared["exchange"], shared["owner"], alone["exchange"]) == ("share", 0, "ship")
+    assert (shared["digest"], shared["fingerprint"]) == (alone["digest"], alone["fingerprint"])
+    assert_bases_match(tmp_path / "run", load_file(middle / "model.safetensors"))
+
+
 def test_other_subspaces_take_whole_weights(middle: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, middle, adapter={"r": 5, "subspace": "principal"})
     run_bases(2, config, "basis.exchange=gram", program=PARTITIONED)
@@ -180,23 +196,27 @@ def test_partitions_on_nvme(middle: Path, nvme_settings: Path, tmp_path: Path) -
         assert torch.equal(B_MR, bases(tmp_path / "whole")[name])
 
 
-@pytest.mark.parametrize("exchange", ["ship", "gram"])
+@pytest.mark.parametrize(("exchange", "ranks"), [("ship", 4), ("gram", 4), ("share", 2)])
 def test_traffic_and_memory_are_those_of_one_owner_a_matrix(
-    exchange: str, make_model: ModelMaker, tmp_path: Path
+    exchange: str, ranks: int, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     """Gathering each matrix on each of four ranks would receive three times the model, and hold all of it."""
-    model = make_model(dtype=torch.bfloat16, hidden_size=2560, intermediate_size=7168, num_hidden_layers=1)
-    settings = {"model": {"path": str(model), "dtype": "bfloat16"}, "basis": {"exchange": exchange}}
-    run_bases(4, write_config(tmp_path, model, **settings), program=PARTITIONED)
+    inner = 10240 if exchange == "share" else 7168
+    model = make_model(dtype=torch.bfloat16, hidden_size=2560, intermediate_size=inner, num_hidden_layers=1)
+    settings: dict[str, Any] = {"model": {"path": str(model), "dtype": "bfloat16"}, "basis": {"exchange": exchange}}
+    if exchange == "share":
+        settings |= {"adapter": {"r": 5, "targets": ["up_proj"]}, "basis": {}}
+    run_bases(ranks, write_config(tmp_path, model, **settings), program=PARTITIONED)
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     records = manifest(tmp_path / "run")["matrices"]
     entries = [math.prod(record["shape"]) for record in records]
     # A Gram's lower triangle from three ranks, tile by tile, in a ring, with the vectors' round trip and headers.
     by_gram = [1.45 * 3 * 8 * 2560**2 for record in records if record["exchange"] == "gram"]
-    shipped = [2 * math.prod(record["shape"]) for record in records if record["exchange"] == "ship"]
+    shipped = [2 * math.prod(record["shape"]) for record in records if record["exchange"] != "gram"]
+    assert exchange in {record["exchange"] for record in records}
     assert bool(by_gram) == (exchange == "gram")
     assert costs["received"] <= 1.1 * sum(shipped) + sum(by_gram)
-    shard, one_matrix, one_factor, workspace = 2 * sum(entries) // 4, 2 * max(entries), 8 * 2560**2, 64 << 20
+    shard, one_matrix, one_factor, workspace = 2 * sum(entries) // ranks, 2 * max(entries), 8 * 2560**2, 64 << 20
     print(exchange, [g / 1e6 for g in costs["grown"]], (shard + one_matrix + one_factor + workspace) / 1e6)
     assert max(costs["grown"]) <= shard + one_matrix + one_factor + workspace
 
@@ -353,15 +373,22 @@ def test_a_damaged_cache_is_refused_by_name(damage: str, tiny_model: Callable[[s
     assert f"{file} is damaged" in finished.output
 
 
-def test_nan_in_a_file_is_named_on_all_ranks(make_model: ModelMaker, tmp_path: Path) -> None:
-    model = make_model()
+@pytest.mark.parametrize(
+    ("sizes", "name"), [({}, "self_attn.v_proj"), ({"hidden_size": 656, "intermediate_size": 1501}, "mlp.up_proj")]
+)
+def test_nan_in_a_file_is_named_on_all_ranks(
+    sizes: dict[str, int], name: str, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    """The second case is of a matrix of which two ranks sum the Gram."""
+    model = make_model(num_hidden_layers=1, **sizes)
     weights = load_file(model / "model.safetensors")
-    weights["model.layers.0.self_attn.v_proj.weight"][1, 1] = torch.nan
+    weights[f"model.layers.0.{name}.weight"][1, 1] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    finished = start_ranks(2, ["basis", str(write_config(tmp_path, model))])
+    config = write_config(tmp_path, model, adapter={"r": 5, "targets": [name.rpartition(".")[2]]})
+    finished = start_ranks(2, ["basis", str(config)])
     assert finished.codes == [2, 2], finished.output
-    assert "model.layers.0.self_attn.v_proj holds NaN or Inf" in finished.outputs[0]
-    assert not (tmp_path / "run" / "basis" / "model.layers.0.self_attn.v_proj.safetensors").exists()
+    assert f"model.layers.0.{name} holds NaN or Inf" in finished.outputs[0]
+    assert not (tmp_path / "run" / "basis" / f"model.layers.0.{name}.safetensors").exists()
 
 
 def test_files_hold_the_record_of_their_matrix(runs: Callable[..., tuple[Path, Path]]) -> None:

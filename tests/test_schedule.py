@@ -1,0 +1,78 @@
+"""Who solves what, and who helps whom, from the shapes alone."""
+
+from dataclasses import replace
+
+import pytest
+
+from mica_ds import factor
+from mica_ds.schedule import Assignment, Machine, assign, choose_route, moved_bytes, rank_work, shared_bytes
+from mica_ds.shards import Matrix
+
+R = 16
+FILES = Machine(ranks=2, itemsize=2, memory=1 << 40, is_sliced=False)
+LAYER = [
+    Matrix(name, shape, is_transposed=False)
+    for name, shape in {
+        "q": (4096, 4096),
+        "k": (1024, 4096),
+        "v": (1024, 4096),
+        "o": (4096, 4096),
+        "gate": (14336, 4096),
+        "up": (14336, 4096),
+        "down": (4096, 14336),
+    }.items()
+]
+
+
+def seconds(matrices: list[Matrix], assignment: Assignment, ranks: int) -> list[float]:
+    return [factor.seconds(work, factor.RATES) for work in rank_work(matrices, assignment, R, ranks)]
+
+
+def test_one_layer_on_two_ranks_is_shared_where_seven_matrices_do_not_split_evenly() -> None:
+    alone, shared = assign(LAYER, R, FILES, "ship"), assign(LAYER, R, FILES)
+    assert alone.owners == shared.owners
+    assert not alone.helpers
+    assert list(shared.helpers.values()) == [1]
+    assert {shared.owners[i] for i in shared.helpers} == {0}
+    before, after = seconds(LAYER, alone, 2), seconds(LAYER, shared, 2)
+    assert sum(after) == pytest.approx(sum(before))
+    assert max(after) < 0.95 * max(before)
+    half = factor.work((14336, 4096), R)["gram"] / 2 / factor.RATES["gram"]
+    assert after[1] - before[1] == pytest.approx(half)
+
+
+def test_what_splits_evenly_is_not_shared() -> None:
+    assert not assign(32 * LAYER, R, FILES).helpers
+    assert not assign(LAYER[:4], R, FILES).helpers  # square ones have no Gram, and the others are small
+
+
+def test_more_ranks_than_matrices_share_them_in_pairs() -> None:
+    ranks = 1024
+    matrices = 80 * LAYER
+    assignment = assign(matrices, R, replace(FILES, ranks=ranks))
+    assert len(assignment.helpers) >= 80 * 3
+    pairs = [(assignment.owners[i], helper) for i, helper in assignment.helpers.items()]
+    assert all(owner + helper == ranks - 1 and owner < helper for owner, helper in pairs)
+    assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
+    longest = max(seconds(matrices, assignment, ranks))
+    assert longest < 0.7 * max(factor.cost(matrix.shape, R) for matrix in matrices)
+
+
+def test_of_partitions_only_halves_of_long_weights_are_shared() -> None:
+    machine = replace(FILES, is_sliced=True)
+    (i,) = assign(LAYER, R, machine).helpers
+    assert LAYER[i].name in ("gate", "up")  # a slice of the wide one has no half of its columns
+    assert not assign(LAYER[-1:], R, machine).helpers
+    assert not assign(LAYER[4:5], R, replace(machine, ranks=3)).helpers
+    assert moved_bytes(LAYER[4:5], Assignment([0], {0: 1}), R, machine) == [shared_bytes(LAYER[4], machine)]
+
+
+def test_a_gram_that_costs_more_to_send_than_the_weight_is_not_shared() -> None:
+    square_like = [Matrix("a", (8192, 4096), is_transposed=False)]
+    assert choose_route(square_like[0], R, FILES) == "ship"
+    assert not assign(square_like, R, FILES).helpers
+    assert assign(square_like, R, replace(FILES, itemsize=4)).helpers
+
+
+def test_gpus_need_no_help() -> None:
+    assert not assign(LAYER, R, replace(FILES, is_on_host=False)).helpers
