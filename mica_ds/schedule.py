@@ -96,7 +96,9 @@ def _solves_on_host(asked: str) -> bool:
 
 
 def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
-    """Bytes received at the owner where the slices are equal. Local."""
+    """Bytes received at the owner, where the slices are equal; none where it reads the files. Local."""
+    if not machine.is_sliced:
+        return 0
     return machine.itemsize * math.prod(matrix.stored_shape) * (machine.ranks - 1) // machine.ranks
 
 

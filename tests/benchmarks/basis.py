@@ -195,8 +195,9 @@ def time_layer(folder: Path, file: str, other: str = "") -> Found:
         found["svd"] = timed(lambda: [stock_svd(W) for W in weights])  # all of them on every rank, as in peft
     if other == "schedule":
         rates = measure_rates()
-        found |= {"rates": rates, "predicted": simulate(1, comm.world_size(), rates)["seconds"]}
-        found["schedule"] = [simulate(80, 1 << doublings, rates) for doublings in range(1, 11)]
+        found |= {"rates": rates, "predicted": simulate(1, comm.world_size(), rates, is_sliced=False)["seconds"]}
+        for place, is_sliced in (("partitions", True), ("files", False)):
+            found[place] = [simulate(80, 1 << doublings, rates, is_sliced) for doublings in range(1, 11)]
     return found
 
 
@@ -245,16 +246,16 @@ def measure_rates() -> dict[str, float]:
     }
 
 
-def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
-    """The schedule of layers of Llama-3-70B from ZeRO-3's slices: loads by measured rates, and bytes received. Local.
+def simulate(layers: int, ranks: int, rates: dict[str, float], is_sliced: bool) -> Found:
+    """The schedule of layers of Llama-3-70B: loads by measured rates, and bytes received. Local.
 
-    The owners and helpers are those that the engine chooses, by its own fixed rates. What a matrix on the Gram route
+    From ZeRO-3's slices or (not `is_sliced`) from files. The owners and helpers are those that the engine chooses, by its own fixed rates. What a matrix on the Gram route
     costs and receives is counted as its owner's.
     """
     from mica_ds import schedule
     from mica_ds.shards import Matrix
 
-    machine = schedule.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT, is_sliced=True)
+    machine = schedule.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT, is_sliced=is_sliced)
     matrices = [Matrix(f"{i}.{name}", shape, False) for i in range(layers) for name, shape in LLAMA_70B.items()]
     assignment = schedule.assign(matrices, R, machine)
     load = [factor.seconds(work, rates) for work in schedule.rank_work(matrices, assignment, R, ranks)]
@@ -264,7 +265,7 @@ def simulate(layers: int, ranks: int, rates: dict[str, float]) -> Found:
     by_gram = sum(schedule.choose_route(matrix, R, machine) == "gram" for matrix in matrices)
     seconds = max(load)
     found: Found = {"ranks": ranks, "seconds": seconds, "balance": sum(load) / ranks / seconds, "by_gram": by_gram}
-    return {**found, "bytes": sum(received), "most_received": max(received)}
+    return {**found, "shared": len(assignment.helpers), "bytes": sum(received), "most_received": max(received)}
 
 
 WORKS: dict[str, Callable[..., Found]] = {
@@ -369,12 +370,13 @@ ON_CPUS: dict[str, Callable[[Path], tuple[list[Row], Found]]] = {
 ROWS = {**ON_CPUS, "gpu": gpu}
 
 
-def print_schedule(schedule: list[Found]) -> None:
-    table = Table("ranks", "seconds", "balance", "GiB moved", "to one rank", "by Gram", title="all of Llama-3-70B")
+def print_schedule(place: str, schedule: list[Found]) -> None:
+    columns = "ranks", "seconds", "balance", "GiB moved", "to one rank", "by Gram", "shared"
+    table = Table(*columns, title=f"all of Llama-3-70B from {place}")
     for entry in schedule:
         moved = (f"{entry[key] / GIB:.2f}" for key in ("bytes", "most_received"))
-        share = f"{entry['balance']:.3f}"
-        table.add_row(str(entry["ranks"]), f"{entry['seconds']:.1f}", share, *moved, str(entry["by_gram"]))
+        counts = (str(entry[key]) for key in ("by_gram", "shared"))
+        table.add_row(str(entry["ranks"]), f"{entry['seconds']:.1f}", f"{entry['balance']:.3f}", *moved, *counts)
     console().print(table)
 
 
@@ -394,7 +396,8 @@ def main() -> None:
         rows += found
     print_rows(rows)
     if "llama70b" in details:
-        print_schedule(details["llama70b"]["schedule"])
+        for place in ("partitions", "files"):
+            print_schedule(place, details["llama70b"][place])
     if options.out:
         write_json(options.out, rows, details)
 
