@@ -249,8 +249,8 @@ def measure_rates() -> dict[str, float]:
 def simulate(layers: int, ranks: int, rates: dict[str, float], is_sliced: bool) -> Found:
     """The schedule of layers of Llama-3-70B: loads by measured rates, and bytes received. Local.
 
-    From ZeRO-3's slices or (not `is_sliced`) from files. The owners and helpers are those that the engine chooses, by its own fixed rates. What a matrix on the Gram route
-    costs and receives is counted as its owner's.
+    From ZeRO-3's slices, or from files. The owners and helpers are those that the engine chooses, by its own fixed
+    rates. What a matrix on the Gram route costs and receives is counted as its owner's.
     """
     from mica_ds import schedule
     from mica_ds.shards import Matrix
