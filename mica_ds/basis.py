@@ -162,11 +162,15 @@ def _solve_shipped(
     fingerprints: dict[str, str] = {}
     error: Exception | None = None
     for i, receive in exchange.ship(shards, assignment):
+        started = time.perf_counter()
+        W, halved_KK = receive()  # where this fails the run ends at once: others may wait for what it should have sent
         try:
-            fingerprints |= _solve_one(matrices[i], receive, wanted, settings, folder, skip=progress.has_failed())
+            if not progress.has_failed():
+                fingerprints |= _solve_one(matrices[i], W, halved_KK, wanted, settings, folder, started)
         except Exception as raised:  # go on: others may still be sending to this rank
             error = error or raised
             progress.fail()
+        del W, halved_KK  # before the next one comes
         progress.advance(matrices[i])
     with comm.failing_together():
         if error:
@@ -175,13 +179,15 @@ def _solve_shipped(
 
 
 def _solve_one(
-    matrix: Matrix, receive: exchange.Receive, wanted: Wanted, settings: BasisSettings, folder: Path, skip: bool
+    matrix: Matrix,
+    W: torch.Tensor,
+    halved_KK: torch.Tensor | None,
+    wanted: Wanted,
+    settings: BasisSettings,
+    folder: Path,
+    started: float,
 ) -> dict[str, str]:
-    """Receive a matrix, solve and write it, and return its fingerprint by name; `skip` where it is only received."""
-    started = time.perf_counter()
-    W, halved_KK = receive()
-    if skip:
-        return {}
+    """Solve a matrix whose turn `started` then, write it, and return its fingerprint by name."""
     factor = None if settings.factor == "auto" else settings.factor
     try:
         on_device = W.to(schedule.choose_device(matrix, settings.device))

@@ -11,6 +11,7 @@ from mica_ds import comm, factor, solver, symmetric
 from mica_ds.schedule import TILE, Assignment
 from mica_ds.shards import Shard, whole_at
 
+_PART = 1024  # stored rows of a half that are sent at a time: a wide one is copied for that
 _HALF = 1 << 30  # the tag of what owners and helpers exchange; others are the matrices' indices
 
 Receive = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
@@ -49,10 +50,9 @@ def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor
     """What `factor.halved_gram` makes of a matrix, of whose second half the helper sends it."""
     is_long = len(stored) > stored.shape[1]
     half = factor.halfway(max(stored.shape))
-    sends = []
     if shard.bounds[helper] == shard.bounds[helper + 1]:  # the files' reader has all
-        second = stored[half:] if is_long else stored[:, half:].contiguous()
-        sends.append(comm.send(second, helper, _HALF))
+        for part in (stored[half:] if is_long else stored[:, half:]).split(_PART):
+            comm.wait([comm.send(part.contiguous(), helper, _HALF)])
     G_KK = factor.gram(stored[:half].T if is_long else stored[:, :half])
     for rows in symmetric.strips(len(G_KK)):
         strip = torch.empty(rows.stop - rows.start, rows.stop, dtype=torch.float64)
@@ -61,7 +61,6 @@ def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor
     diagonal = torch.empty(len(G_KK), dtype=torch.float64)
     comm.wait([comm.receive(diagonal, helper, _HALF)])
     G_KK.diagonal().add_(diagonal)
-    comm.wait(sends)
     return G_KK
 
 
@@ -73,7 +72,8 @@ def _second_half(shard: Shard, owner: int) -> torch.Tensor:
     if len(values):
         return values[half * columns - shard.bounds[comm.rank()] :].view(-1, columns).T
     second = torch.empty((rows - half, columns) if rows > columns else (rows, columns - half), dtype=values.dtype)
-    comm.wait([comm.receive(second, owner, _HALF)])
+    for part in second.split(_PART):
+        comm.wait([comm.receive(part, owner, _HALF)])
     return second.T if rows > columns else second
 
 

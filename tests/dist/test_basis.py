@@ -170,6 +170,15 @@ def test_a_helper_sums_half_of_a_gram_and_the_bits_are_the_same(
     assert_bases_match(tmp_path / "run", load_file(middle / "model.safetensors"))
 
 
+@pytest.mark.parametrize(("rank", "place"), [("0", "_receive_whole"), ("1", "_send_gram")])
+def test_where_an_owner_or_its_helper_fails_the_other_ends(rank: str, place: str, middle: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, middle, adapter={"r": 5, "targets": ["up_proj"]})
+    arguments = [rank, f"mica_ds.exchange.{place}", "raise", "basis", str(config)]
+    finished = start_ranks(2, arguments, "tests.dist.faulty", OMP_NUM_THREADS="1")
+    assert 0 not in finished.codes
+    assert "ZeroDivisionError: division by zero" in finished.outputs[int(rank)]
+
+
 def test_other_subspaces_take_whole_weights(middle: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, middle, adapter={"r": 5, "subspace": "principal"})
     run_bases(2, config, "basis.exchange=gram", program=PARTITIONED)
