@@ -78,13 +78,18 @@ def build_basis(
     start = time.perf_counter()
     label = f"random, seed {seed}" if adapter.subspace == "random" else adapter.subspace
     wanted = Wanted(adapter.r, adapter.subspace, label, seed)
+    records: dict[str, dict[str, Any]] = {}
     with comm.failing_together():
-        records = {matrix.name: read_record(folder, matrix.name) for matrix in source.matrices}
-    cached = [i for i, matrix in enumerate(source.matrices) if records[matrix.name]]
+        for matrix in source.matrices:
+            if record := read_record(folder, matrix.name):
+                records[matrix.name] = record
+    # Another job may be writing, and a network file system show that to one rank before another.
+    views = comm.gather({name: wanted.is_served(record) for name, record in records.items()})
+    cached = [i for i, matrix in enumerate(source.matrices) if all(matrix.name in view for view in views)]
+    missing = [i for i, matrix in enumerate(source.matrices) if not all(view.get(matrix.name) for view in views)]
     fingerprints = _fingerprints(source, cached, adapter.r)
     with comm.failing_together():
-        refuse_others(folder, {name: record for name, record in records.items() if record}, fingerprints)
-    missing = [i for i, matrix in enumerate(source.matrices) if not wanted.is_served(records[matrix.name])]
+        refuse_others(folder, {name: records[name] for name in fingerprints}, fingerprints)
     if missing:
         fingerprints |= _solve(source, missing, wanted, settings, folder)
     with comm.failing_together():
@@ -162,15 +167,14 @@ def _solve_shipped(
     fingerprints: dict[str, str] = {}
     error: Exception | None = None
     for i, receive in exchange.ship(shards, assignment):
-        started = time.perf_counter()
-        W, halved_KK = receive()  # where this fails the run ends at once: others may wait for what it should have sent
+        received = receive()  # where this fails the run ends at once: others may wait for what it should have sent
         try:
             if not progress.has_failed():
-                fingerprints |= _solve_one(matrices[i], W, halved_KK, wanted, settings, folder, started)
+                fingerprints |= _solve_one(matrices[i], received, wanted, settings, folder)
         except Exception as raised:  # go on: others may still be sending to this rank
             error = error or raised
             progress.fail()
-        del W, halved_KK  # before the next one comes
+        del received  # before the next one comes
         progress.advance(matrices[i])
     with comm.failing_together():
         if error:
@@ -179,25 +183,21 @@ def _solve_shipped(
 
 
 def _solve_one(
-    matrix: Matrix,
-    W: torch.Tensor,
-    halved_KK: torch.Tensor | None,
-    wanted: Wanted,
-    settings: BasisSettings,
-    folder: Path,
-    started: float,
+    matrix: Matrix, received: exchange.Received, wanted: Wanted, settings: BasisSettings, folder: Path
 ) -> dict[str, str]:
-    """Solve a matrix whose turn `started` then, write it, and return its fingerprint by name."""
+    """Solve a matrix, write it, and return its fingerprint by name."""
+    started = time.perf_counter()
     factor = None if settings.factor == "auto" else settings.factor
     try:
-        on_device = W.to(schedule.choose_device(matrix, settings.device))
-        solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor, halved_KK)
+        on_device = received.W_MN.to(schedule.choose_device(matrix, settings.device))
+        solution = solver.solve(on_device, wanted.r, wanted.subspace, _seed(wanted, matrix), factor, received.gram_KK)
     except solver.NotFiniteError:
         raise UserError(f"model.path: {matrix.name} holds NaN or Inf; copy the checkpoint again") from None
     stored = (on_device.T if matrix.is_transposed else on_device).reshape(-1)
     fingerprint = describe(matrix, stored.dtype, int(mixed_sum(stored, 0)))
-    route = "ship" if halved_KK is None else "share"
-    write_basis(folder, matrix, solution, wanted, fingerprint, time.perf_counter() - started, route)
+    seconds = received.seconds + time.perf_counter() - started
+    route = "ship" if received.gram_KK is None else "share"
+    write_basis(folder, matrix, solution, wanted, fingerprint, seconds, route)
     return {matrix.name: fingerprint}
 
 

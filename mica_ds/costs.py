@@ -8,7 +8,7 @@ from mica_ds.adapter import lora_parameters
 from mica_ds.checks import checkpoint_bytes
 from mica_ds.config import Config, copy_group
 from mica_ds.model import DTYPES
-from mica_ds.plan import Plan, skeleton
+from mica_ds.plan import Plan, basis_machine, skeleton
 from mica_ds.shards import matrix_of
 
 
@@ -48,7 +48,7 @@ def count_costs(config: Config, plan: Plan) -> Costs:
     bases, moved, seconds = 0, 0, 0.0
     if config.adapter.method == "mica":
         bases = sum(4 * r * matrix.shape[0] for matrix in matrices)
-        machine = schedule.Machine(ranks, itemsize, int(plan.cluster.room("host")), is_sliced=True)
+        machine = basis_machine(config, plan.cluster, itemsize)
         assignment = schedule.assign(matrices, r, machine, config.basis.exchange)
         moved = sum(schedule.moved_bytes(matrices, assignment, r, machine, config.basis.exchange))
         works = schedule.rank_work(matrices, assignment, r, ranks)

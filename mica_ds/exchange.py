@@ -1,9 +1,15 @@
-"""Shards to their owners, by the routes and with the help that `schedule` chose."""
+"""Shards to their owners, by the routes and with the help that `schedule` chose.
+
+An owner gives its helper the second half of T's columns, unless that is the helper's slice; each sums the Gram of one
+half; and the helper gives back what it has, strip by strip, and then the diagonal.
+"""
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 
@@ -14,43 +20,54 @@ from mica_ds.shards import Shard, whole_at
 _PART = 1024  # stored rows of a half that are sent at a time: a wide one is copied for that
 _HALF = 1 << 30  # the tag of what owners and helpers exchange; others are the matrices' indices
 
-Receive = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+
+@dataclass(frozen=True)
+class Received:
+    """What an owner has to solve."""
+
+    W_MN: torch.Tensor
+    """(out, in)."""
+    gram_KK: torch.Tensor | None
+    """What `factor.halved_gram` makes of it, where a helper has summed one half."""
+    seconds: float
+    """What the Gram took here."""
 
 
-def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Receive]]:
-    """Yield (index, what receives W (out, in), and its Gram if that is shared) of this rank's matrices. Collective.
+def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Callable[[], Received]]]:
+    """Yield (index, what receives it) of each matrix that this rank owns. Collective.
 
     All sends are started first and run in the background: no rank waits for another's solve before it begins its own.
     Owners and helpers begin with what they share. A rank receives out · in elements for each matrix it owns, less its
-    own slice, and holds one matrix at a time if the caller lets go of each before it asks for the next. Each must be
-    asked for: others are sending it.
+    own slice, and with a helper about 4 K² bytes more; a helper at most half of W. It holds one matrix at a time if the
+    caller lets go of each before it asks for the next. Each must be asked for: others are sending it.
     """
     rank = comm.rank()
     sends = []
     for i, (shard, owner) in enumerate(zip(shards, assignment.owners, strict=True)):
-        if owner != rank and shard.bounds[rank] < shard.bounds[rank + 1]:
+        if owner != rank and _holds_slice(shard, rank):
             sends += _send(shard, shard.read(), whole_at(owner, shard.matrix), tag=i)
     for i, helper in assignment.helpers.items():
         if helper == rank:
-            _send_gram(_second_half(shards[i], assignment.owners[i]), assignment.owners[i])
+            _help(shards[i], assignment.owners[i])
     owned = [i for i, owner in enumerate(assignment.owners) if owner == rank]
     for i in sorted(owned, key=lambda i: i not in assignment.helpers):
         yield i, functools.partial(_receive_whole, shards[i], assignment.helpers.get(i), tag=i)
     comm.wait(sends)
 
 
-def _receive_whole(shard: Shard, helper: int | None, tag: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _receive_whole(shard: Shard, helper: int | None, tag: int) -> Received:
     matrix = shard.matrix
     stored = _receive(shard, shard.read(), whole_at(comm.rank(), matrix), tag).view(matrix.stored_shape)
-    halved_KK = None if helper is None else _share_gram(shard, stored, helper)
-    return stored.T if matrix.is_transposed else stored, halved_KK
+    started = time.perf_counter()
+    gram_KK = None if helper is None else _share_gram(shard, stored, helper)
+    W_MN = stored.T if matrix.is_transposed else stored
+    return Received(W_MN, gram_KK, time.perf_counter() - started)
 
 
 def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor:
-    """What `factor.halved_gram` makes of a matrix, of whose second half the helper sends it."""
     is_long = len(stored) > stored.shape[1]
     half = factor.halfway(max(stored.shape))
-    if shard.bounds[helper] == shard.bounds[helper + 1]:  # the files' reader has all
+    if not _holds_slice(shard, helper):
         for part in (stored[half:] if is_long else stored[:, half:]).split(_PART):
             comm.wait([comm.send(part.contiguous(), helper, _HALF)])
     G_KK = factor.gram(stored[:half].T if is_long else stored[:, :half])
@@ -64,24 +81,28 @@ def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor
     return G_KK
 
 
+def _help(shard: Shard, owner: int) -> None:
+    """The other side of `_share_gram`."""
+    G_KK = factor.gram(_second_half(shard, owner), to_lower=False)
+    for rows in symmetric.strips(len(G_KK)):
+        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HALF)])
+    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HALF)])
+
+
 def _second_half(shard: Shard, owner: int) -> torch.Tensor:
     """The columns of T of which this rank sums the Gram."""
     rows, columns = shard.matrix.stored_shape
-    half = factor.halfway(max(rows, columns))
-    values = shard.read()
-    if len(values):
-        return values[half * columns - shard.bounds[comm.rank()] :].view(-1, columns).T
+    half, rank, values = factor.halfway(max(rows, columns)), comm.rank(), shard.read()
+    if _holds_slice(shard, rank):  # of two, and the long side is cut: it holds all that comes after the first half
+        return values[half * columns - shard.bounds[rank] :].view(-1, columns).T
     second = torch.empty((rows - half, columns) if rows > columns else (rows, columns - half), dtype=values.dtype)
     for part in second.split(_PART):
         comm.wait([comm.receive(part, owner, _HALF)])
     return second.T if rows > columns else second
 
 
-def _send_gram(T_KL: torch.Tensor, owner: int) -> None:
-    G_KK = factor.gram(T_KL, to_lower=False)
-    for rows in symmetric.strips(len(G_KK)):
-        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HALF)])
-    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HALF)])
+def _holds_slice(shard: Shard, rank: int) -> bool:
+    return shard.bounds[rank] < shard.bounds[rank + 1]
 
 
 def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[int, solver.Solution | None]]:

@@ -87,8 +87,8 @@ RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9
 _PASSES = {"lu": 40, "gram": 25}
 
 
-def factorise(T_KL: torch.Tensor, r: int, factor: Factor, halved_KK: torch.Tensor | None = None) -> Factored:
-    """Factor T and find a start; `halved_KK` is what `halved_gram` makes of T, where that is known.
+def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor | None = None) -> Factored:
+    """Factor T and find a start; `gram_KK` is what `halved_gram` makes of T, where that is known.
 
     Raises: LinAlgError where T is singular to the factor's rounding.
     """
@@ -103,7 +103,7 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor, halved_KK: torch.Tenso
         start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
         return _factored(largest, inverse, start_KQ, factor)
     if factor == "gram":
-        return factor_gram(halved_gram(T_KL) if halved_KK is None else halved_KK, r, is_refined=True)
+        return factor_gram(halved_gram(T_KL) if gram_KK is None else gram_KK, r, is_refined=True)
     G_KK = gram(T_KL)
     largest = _largest_of_gram(G_KK)
     minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
@@ -140,7 +140,7 @@ def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor:
 
 
 def gram(T_KL: torch.Tensor, to_lower: bool = True) -> torch.Tensor:
-    """A triangle of T Tᵀ in fp64. In fp32 it would lose half of its digits."""
+    """A triangle of T Tᵀ in fp64, with zeros in the other one (on a GPU all of it). fp32 would lose half the digits."""
     return _add_gram(symmetric.zeros(len(T_KL), T_KL.device), T_KL, to_lower)
 
 
@@ -158,7 +158,8 @@ def halfway(long: int) -> int:
 def halved_gram(T_KL: torch.Tensor) -> torch.Tensor:
     """The lower triangle of T Tᵀ in fp64, as the sum of two: of the first half of T's columns, and of the others.
 
-    Two ranks may sum one each, and get the same bits (`exchange`). The second half takes the upper triangle's place.
+    Two ranks may sum one each, and get the same bits (`exchange`). The second half takes the place of the upper
+    triangle, and is left there. On a GPU, where none share it, it is the plain Gram.
     """
     if not symmetric.on_host(T_KL):
         return gram(T_KL)

@@ -169,7 +169,7 @@ def _loading(zero: Zero, weights: Weights) -> list[Part]:
 
 def _bases(config: Config, zero: Zero, matrices: list[Matrix]) -> list[Part]:
     """The largest solve, and the slices that wait to be sent, where they do not lie on the host already."""
-    machine = schedule.Machine(zero.ranks, zero.itemsize, int(zero.cluster.room("host")), is_sliced=True)
+    machine = basis_machine(config, zero.cluster, zero.itemsize)
     r, asked = config.adapter.r, config.basis.exchange
     shipped = [m for m in matrices if schedule.choose_route(m, r, machine, asked) == "ship"]
     solve = max((solve_bytes(matrix, r, zero.itemsize, matrix in shipped) for matrix in matrices), default=0)
@@ -178,6 +178,12 @@ def _bases(config: Config, zero: Zero, matrices: list[Matrix]) -> list[Part]:
         waiting = sum(zero.itemsize * math.ceil(math.prod(m.shape) / zero.ranks) for m in shipped)
         parts.append(Part("slices to be sent", "host", waiting))
     return parts
+
+
+def basis_machine(config: Config, cluster: Cluster, itemsize: int) -> schedule.Machine:
+    """What the basis engine would find under ZeRO-3, with a core a rank. Local."""
+    room, is_on_host = int(cluster.room("host")), cluster.device == "host" or config.basis.device == "cpu"
+    return schedule.Machine(cluster.ranks, itemsize, room, is_sliced=True, is_on_host=is_on_host, threads=1)
 
 
 def solve_bytes(matrix: Matrix, r: int, itemsize: int, is_whole: bool) -> int:

@@ -6,7 +6,8 @@ one round trip for the vectors through W. The Gram pays where a matrix is long a
 an owner has no room for W.
 
 Where few matrices are most of the work they do not share out evenly. Then a rank with less to do helps an owner: it
-sums the second half of a shipped matrix's Gram, which takes most of the time of a long one, and sends 4 K² bytes.
+sums the second half of a shipped matrix's Gram, which takes most of the time of a long one, and sends 4 K² bytes. It
+needs half of W for that: the owner's from files, or its own slice, where two ranks hold the halves of the long side.
 """
 
 import math
@@ -23,6 +24,7 @@ TILE = 512
 """Rows of a Gram that all ranks sum at a time."""
 # Compute capabilities of P100, V100, A100, H100 and B200; other GPUs have a 32nd of fp32's speed or less.
 _FAST_FP64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
+_BANDWIDTH = 1e9  # bytes a second between two ranks, as a network of 10 Gbit/s has
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,10 @@ class Machine:
     """Bytes that the rank with the least room has for a solve."""
     is_sliced: bool
     """Whether each rank holds a slice of each matrix; else the files hold them."""
-    is_on_host: bool = True
+    is_on_host: bool
     """Whether no owner solves on a GPU."""
+    threads: int
+    """The fewest that a rank has."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,15 @@ class Assignment:
     owners: list[int]
     """The rank that solves each matrix."""
     helpers: dict[int, int]
-    """The rank that sums the second half of a Gram for the owner, by the matrix's index; a later rank than that."""
+    """The rank that sums the second half of a Gram for the owner, by the matrix's index; always a higher one."""
 
 
 def measure_machine(itemsize: int, is_sliced: bool, device: str) -> Machine:
-    """Look at the ranks' memory and GPUs. Collective."""
-    nodes = comm.gather((socket.gethostname(), process.free_memory(), _solves_on_host(device)))
-    hosts = [host for host, _, _ in nodes]
-    memory = min(free // hosts.count(host) for host, free, _ in nodes)
-    return Machine(comm.world_size(), itemsize, memory, is_sliced, all(is_on_host for _, _, is_on_host in nodes))
+    """Look at the ranks' memory, GPUs and threads. Collective."""
+    found = comm.gather((socket.gethostname(), process.free_memory(), _solves_on_host(device), torch.get_num_threads()))
+    hosts, free, on_host, threads = zip(*found, strict=True)
+    memory = min(room // hosts.count(host) for host, room in zip(hosts, free, strict=True))
+    return Machine(comm.world_size(), itemsize, memory, is_sliced, all(on_host), min(threads))
 
 
 def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
@@ -91,8 +95,8 @@ def choose_device(matrix: Matrix, asked: str = "auto") -> torch.device:
 
 
 def _solves_on_host(asked: str) -> bool:
-    has_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() in _FAST_FP64
-    return asked == "cpu" or not has_gpu
+    is_host = asked == "cpu" or not torch.cuda.is_available()
+    return is_host or torch.cuda.get_device_capability() not in _FAST_FP64
 
 
 def shipped_bytes(matrix: Matrix, machine: Machine) -> int:
@@ -116,7 +120,8 @@ def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
 def shared_bytes(matrix: Matrix, machine: Machine) -> int:
     """Bytes received for a matrix with a helper: half of it on either side, and a Gram's triangle. Local."""
     k = min(matrix.shape)
-    return machine.itemsize * math.prod(matrix.shape) // 2 + 8 * k * (k + symmetric.STRIP) // 2
+    triangle = k * (k + symmetric.STRIP) // 2 + k  # strips, and the diagonal
+    return machine.itemsize * math.prod(matrix.shape) // 2 + 8 * triangle
 
 
 def moved_bytes(
@@ -127,15 +132,17 @@ def moved_bytes(
     for i, matrix in enumerate(matrices):
         if choose_route(matrix, r, machine, asked) == "gram":
             moved.append(gram_bytes(matrix, r, machine))
+        elif i in assignment.helpers:
+            moved.append(shared_bytes(matrix, machine))
         else:
-            moved.append((shared_bytes if i in assignment.helpers else shipped_bytes)(matrix, machine))
+            moved.append(shipped_bytes(matrix, machine))
     return moved
 
 
 def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
     """The owner of each matrix: longest processing time first, each to the least loaded rank. Local.
 
-    The ranks are numbered by their load, the busiest first.
+    The ranks are numbered by their load, the busiest first, so that `assign` can pair them from both ends.
     """
     costs = [factor.cost(matrix.shape, r) for matrix in matrices]
     load = [0.0] * ranks
@@ -148,10 +155,10 @@ def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
 
 
 def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto") -> Assignment:
-    """Owners for all matrices, and helpers for some where all would else take 5 % longer. Local.
+    """Owners for all matrices, and helpers for some where that saves 5 % of the time at least. Local.
 
-    The busiest rank is helped by the least busy one, the second by the last but one, and so on, each with the costliest
-    of its matrices that may be shared.
+    The busiest rank is helped by the least busy one, the second by the last but one, and so on, as long as the longest
+    becomes shorter, each with the costliest of its matrices that may be shared.
     """
     owners, helpers = assign_owners(matrices, r, machine.ranks), {}
     alone = Assignment(owners, {})
@@ -161,24 +168,27 @@ def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto"
     for owner in range(machine.ranks // 2):
         helper = machine.ranks - 1 - owner
         mine = [i for i in shareable if owners[i] == owner]
-        if mine:
-            costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
-            half = factor.work(matrices[costliest].shape, r)["gram"] / 2 / factor.RATES["gram"]
-            if load[helper] + half < load[owner]:
-                helpers[costliest] = helper
-                load[owner] -= half
-                load[helper] += half
+        if not mine or load[owner] <= max(load[:owner], default=0.0):
+            break  # what is longest stays so
+        costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
+        half = factor.work(matrices[costliest].shape, r)["gram"] / 2 / factor.RATES["gram"]
+        sending = machine.threads * shared_bytes(matrices[costliest], machine) / _BANDWIDTH
+        if load[helper] + half + sending >= load[owner]:
+            break
+        helpers[costliest] = helper
+        load[owner] += sending - half
+        load[helper] += sending + half
     return Assignment(owners, helpers) if max(load) <= 0.95 * longest else alone
 
 
 def _may_share(matrix: Matrix, r: int, machine: Machine, asked: str) -> bool:
-    """Whether an owner may have help: where that moves little more than W, and one half is all that a helper holds."""
+    """Whether an owner may have help: for a Gram of W on the host, where that moves little more than W."""
     rows, columns = matrix.stored_shape
+    if asked != "auto" or not machine.is_on_host or choose_route(matrix, r, machine) == "gram":
+        return False
     is_halved = not machine.is_sliced or (machine.ranks == 2 and rows > columns)
-    is_gram = rows != columns and factor.choose_factor(matrix.shape, r) == "gram" and machine.is_on_host
-    is_shipped = choose_route(matrix, r, machine) == "ship"  # and not summed of all ranks' slices
     is_cheap = shared_bytes(matrix, machine) <= 1.1 * machine.itemsize * rows * columns
-    return asked == "auto" and is_halved and is_gram and is_shipped and is_cheap
+    return is_halved and is_cheap and factor.choose_factor(matrix.shape, r) == "gram"
 
 
 def rank_work(matrices: list[Matrix], assignment: Assignment, r: int, ranks: int) -> list[dict[str, float]]:

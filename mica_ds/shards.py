@@ -89,7 +89,7 @@ class StoredMatrix:
 
 
 class CheckpointSource:
-    """The weights in a checkpoint's files: an owner reads the whole, so nothing travels and each byte is read once."""
+    """The weights in a checkpoint's files: an owner reads the whole, so each byte is read once."""
 
     is_sliced = False
 

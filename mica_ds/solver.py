@@ -103,13 +103,13 @@ def solve(
     subspace: str = "minor",
     seed: int = 0,
     factor: Factor | None = None,
-    halved_KK: torch.Tensor | None = None,
+    gram_KK: torch.Tensor | None = None,
 ) -> Solution:
     """Find the basis of rank `r` in the named subspace (minor, principal or random) and the minor end of the spectrum.
 
     See `minor_left_singular_vectors` for the rest. `seed` draws the random subspace; `factor` replaces the choice of
     `choose_factor` where it can: small sides are always solved whole, and only a square matrix on the host has an LU.
-    `halved_KK` is what `factor.halved_gram` makes of T, where that is known; it is overwritten.
+    `gram_KK` is what `factor.halved_gram` makes of T, where that is known; it is overwritten.
     """
     W_MN = W_MN.detach()
     m, n = W_MN.shape
@@ -126,7 +126,7 @@ def solve(
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
         try:
-            factored = factorise(T_KL if attempt == "lu" else T64_KL, r, attempt, halved_KK)
+            factored = factorise(T_KL if attempt == "lu" else T64_KL, r, attempt, gram_KK)
             minor, is_converged = _refine(T64_KL, factored, r, is_left=m <= n)
         except symmetric.FAILURES:
             if attempt == "eigh":

@@ -13,7 +13,8 @@ import torch
 # What numpy and torch raise where a factorisation or an eigenproblem fails.
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _CHUNK = 1 << 20  # entries that are rounded at a time
-STRIP = 128  # rows of a triangle that are moved at a time: what they move of the other one is a 30th
+STRIP = 128
+"""Rows of a triangle that are moved at a time: of the other triangle they move 128 / K."""
 
 
 def on_host(tensor: torch.Tensor) -> bool:

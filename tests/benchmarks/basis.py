@@ -250,12 +250,12 @@ def simulate(layers: int, ranks: int, rates: dict[str, float], is_sliced: bool) 
     """The schedule of layers of Llama-3-70B: loads by measured rates, and bytes received. Local.
 
     From ZeRO-3's slices, or from files. The owners and helpers are those that the engine chooses, by its own fixed
-    rates. What a matrix on the Gram route costs and receives is counted as its owner's.
+    rates. What a matrix on the Gram route costs, and all that is received for one, is counted as its owner's.
     """
     from mica_ds import schedule
     from mica_ds.shards import Matrix
 
-    machine = schedule.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT, is_sliced=is_sliced)
+    machine = schedule.Machine(ranks, itemsize=2, memory=MEMORY_LIMIT, is_sliced=is_sliced, is_on_host=True, threads=1)
     matrices = [Matrix(f"{i}.{name}", shape, False) for i in range(layers) for name, shape in LLAMA_70B.items()]
     assignment = schedule.assign(matrices, R, machine)
     load = [factor.seconds(work, rates) for work in schedule.rank_work(matrices, assignment, R, ranks)]

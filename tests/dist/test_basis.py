@@ -1,5 +1,6 @@
 """Bases from a checkpoint's files and from ZeRO-3 partitions, on 1 to 4 ranks, through the command line."""
 
+import functools
 import json
 import math
 import os
@@ -62,10 +63,10 @@ def write_config(folder: Path, checkpoint: Path, **sections: Any) -> Path:
     return file
 
 
-def run_bases(ranks: int, config: Path, *overrides: str, program: str = "mica_ds") -> str:
+def run_bases(ranks: int, config: Path, *overrides: str, program: str = "mica_ds", **environment: str) -> str:
     """Compute the bases of a config, one thread a rank, and return rank 0's output."""
     verb = ["basis"] if program == "mica_ds" else []
-    finished = start_ranks(ranks, [*verb, str(config), *overrides], program, OMP_NUM_THREADS="1")
+    finished = start_ranks(ranks, [*verb, str(config), *overrides], program, OMP_NUM_THREADS="1", **environment)
     assert finished.codes == [0] * ranks, finished.output
     return finished.outputs[0]
 
@@ -154,26 +155,59 @@ def test_partial_grams_give_the_bases_of_whole_weights(ranks: int, middle: Path,
     assert manifest(tmp_path / "run")["fingerprint"] == manifest(tmp_path / "whole")["fingerprint"]
 
 
+@pytest.fixture(scope="module")
+def long(make_model: ModelMaker) -> Callable[[str], Path]:
+    """Makes a layer of which some weights are so long that their Grams may be shared, for Llama's names or GPT-2's."""
+
+    @functools.cache
+    def make(architecture: str) -> Path:
+        sizes = {"hidden_size": 656, "num_attention_heads": 4}
+        inner = {"n_inner": 3601, "n_layer": 1} if architecture == "gpt2" else {"intermediate_size": 3601}
+        return make_model(architecture, torch.bfloat16, **{"num_hidden_layers": 1, **sizes, **inner})
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("ranks", "program", "target"),
-    [(2, PARTITIONED, "up_proj"), (2, "mica_ds", "up_proj"), (3, "mica_ds", "down_proj")],
+    ("ranks", "program", "architecture", "targets", "helped"),
+    [
+        (2, PARTITIONED, "llama", ["q_proj", "up_proj"], 1),
+        (2, PARTITIONED, "gpt2", ["c_proj"], 1),
+        (2, "mica_ds", "gpt2", ["c_fc"], 1),
+        (4, "mica_ds", "llama", ["q_proj", "up_proj", "down_proj"], 2),
+    ],
 )
-def test_a_helper_sums_half_of_a_gram_and_the_bits_are_the_same(
-    ranks: int, program: str, target: str, middle: Path, tmp_path: Path
+def test_helpers_sum_half_of_a_gram_and_the_bits_are_the_same(
+    ranks: int,
+    program: str,
+    architecture: str,
+    targets: list[str],
+    helped: int,
+    long: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    config = write_config(tmp_path, middle, adapter={"r": 5, "targets": [target]})
+    model = {"path": str(long(architecture)), "dtype": "bfloat16"}
+    config = write_config(tmp_path, long(architecture), model=model, adapter={"r": 5, "targets": targets})
     run_bases(ranks, config, program=program)
     run_bases(1, config, f"output_dir={tmp_path}/alone")
-    (shared,), (alone,) = (manifest(tmp_path / run)["matrices"] for run in ("run", "alone"))
-    assert (shared["exchange"], shared["owner"], alone["exchange"]) == ("share", 0, "ship")
+    shared, alone = (manifest(tmp_path / run) for run in ("run", "alone"))
+    assert [record["exchange"] for record in shared["matrices"]].count("share") == helped
+    assert {record["exchange"] for record in alone["matrices"]} == {"ship"}
     assert (shared["digest"], shared["fingerprint"]) == (alone["digest"], alone["fingerprint"])
-    assert_bases_match(tmp_path / "run", load_file(middle / "model.safetensors"))
+    weights = load_file(long(architecture) / "model.safetensors")
+    named = {name if name.startswith("model.") else f"transformer.{name}": W for name, W in weights.items()}
+    assert_bases_match(tmp_path / "run", {**weights, **named}, transposed=architecture == "gpt2")
 
 
-@pytest.mark.parametrize(("rank", "place"), [("0", "_receive_whole"), ("1", "_send_gram")])
-def test_where_an_owner_or_its_helper_fails_the_other_ends(rank: str, place: str, middle: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, middle, adapter={"r": 5, "targets": ["up_proj"]})
-    arguments = [rank, f"mica_ds.exchange.{place}", "raise", "basis", str(config)]
+@pytest.mark.parametrize(
+    ("rank", "place"), [("0", "exchange._receive_whole"), ("0", "symmetric.add_strip"), ("1", "exchange._help")]
+)
+def test_where_an_owner_or_its_helper_fails_the_other_ends(
+    rank: str, place: str, long: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = {"path": str(long("llama")), "dtype": "bfloat16"}
+    config = write_config(tmp_path, long("llama"), model=model, adapter={"r": 5, "targets": ["up_proj"]})
+    arguments = [rank, f"mica_ds.{place}", "raise", "basis", str(config)]
     finished = start_ranks(2, arguments, "tests.dist.faulty", OMP_NUM_THREADS="1")
     assert 0 not in finished.codes
     assert "ZeroDivisionError: division by zero" in finished.outputs[int(rank)]
@@ -205,17 +239,21 @@ def test_partitions_on_nvme(middle: Path, nvme_settings: Path, tmp_path: Path) -
         assert torch.equal(B_MR, bases(tmp_path / "whole")[name])
 
 
-@pytest.mark.parametrize(("exchange", "ranks"), [("ship", 4), ("gram", 4), ("share", 2)])
+@pytest.mark.parametrize(
+    ("exchange", "ranks", "source"),
+    [("ship", 4, "partitions"), ("gram", 4, "partitions"), ("share", 2, "partitions"), ("share", 2, "files")],
+)
 def test_traffic_and_memory_are_those_of_one_owner_a_matrix(
-    exchange: str, ranks: int, make_model: ModelMaker, tmp_path: Path
+    exchange: str, ranks: int, source: str, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     """Gathering each matrix on each of four ranks would receive three times the model, and hold all of it."""
     inner = 10240 if exchange == "share" else 7168
     model = make_model(dtype=torch.bfloat16, hidden_size=2560, intermediate_size=inner, num_hidden_layers=1)
     settings: dict[str, Any] = {"model": {"path": str(model), "dtype": "bfloat16"}, "basis": {"exchange": exchange}}
     if exchange == "share":
-        settings |= {"adapter": {"r": 5, "targets": ["up_proj"]}, "basis": {}}
-    run_bases(ranks, write_config(tmp_path, model, **settings), program=PARTITIONED)
+        target = "up_proj" if source == "partitions" else "down_proj"
+        settings |= {"adapter": {"r": 5, "targets": [target]}, "basis": {}}
+    run_bases(ranks, write_config(tmp_path, model, **settings), program=PARTITIONED, SOURCE=source)
     costs = json.loads((tmp_path / "run" / "costs.json").read_text())
     records = manifest(tmp_path / "run")["matrices"]
     entries = [math.prod(record["shape"]) for record in records]
@@ -342,10 +380,10 @@ def test_a_killed_run_goes_on_where_it_stopped(smollm2: Path, tmp_path: Path) ->
 
 def test_two_jobs_may_start_on_one_cache_at_once(smollm2: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, smollm2, adapter={"r": 16, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]})
-    jobs = [launch_ranks(1, ["basis", str(config), f"adapter.r={r}"], OMP_NUM_THREADS="1") for r in (16, 8)]
+    jobs = [launch_ranks(2, ["basis", str(config), f"adapter.r={r}"], OMP_NUM_THREADS="1") for r in (16, 8)]
     for job in jobs:
         finished = finish(job)
-        assert finished.codes == [0], finished.output
+        assert finished.codes == [0, 0], finished.output
     for r in (8, 16):
         assert "all from the cache" in run_bases(1, config, f"adapter.r={r}")
     weights = load_file(smollm2 / "model.safetensors")
@@ -391,7 +429,7 @@ def test_nan_in_a_file_is_named_on_all_ranks(
     """The second case is of a matrix of which two ranks sum the Gram."""
     model = make_model(num_hidden_layers=1, **sizes)
     weights = load_file(model / "model.safetensors")
-    weights[f"model.layers.0.{name}.weight"][1, 1] = torch.nan
+    weights[f"model.layers.0.{name}.weight"][-1, -1] = torch.nan  # in a helper's half
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     config = write_config(tmp_path, model, adapter={"r": 5, "targets": [name.rpartition(".")[2]]})
     finished = start_ranks(2, ["basis", str(config)])
