@@ -50,7 +50,7 @@ class Basis:
         return (B_MR[:, : self.r] if is_principal else B_MR[:, -self.r :]).contiguous()
 
     def costs(self) -> dict[str, float]:
-        """Seconds, and which rank took the longest for its share of the matrices (when they were solved). Local."""
+        """Seconds, and which rank took the longest for the matrices that it owns (when they were solved). Local."""
         owners = {record["owner"] for record in self.manifest["matrices"]}
         shares = {o: sum(r["seconds"] for r in self.manifest["matrices"] if r["owner"] == o) for o in owners}
         slowest = max(shares, key=shares.__getitem__)
@@ -78,18 +78,16 @@ def build_basis(
     start = time.perf_counter()
     label = f"random, seed {seed}" if adapter.subspace == "random" else adapter.subspace
     wanted = Wanted(adapter.r, adapter.subspace, label, seed)
-    records: dict[str, dict[str, Any]] = {}
     with comm.failing_together():
-        for matrix in source.matrices:
-            if record := read_record(folder, matrix.name):
-                records[matrix.name] = record
-    # Another job may be writing, and a network file system show that to one rank before another.
-    views = comm.gather({name: wanted.is_served(record) for name, record in records.items()})
-    cached = [i for i, matrix in enumerate(source.matrices) if all(matrix.name in view for view in views)]
-    missing = [i for i, matrix in enumerate(source.matrices) if not all(view.get(matrix.name) for view in views)]
-    fingerprints = _fingerprints(source, cached, adapter.r)
+        records = {matrix.name: read_record(folder, matrix.name) for matrix in source.matrices}
+        views = torch.tensor([(bool(record), wanted.is_served(record)) for record in records.values()]).long()
+    # What all ranks see: another job may be writing, and a network file system show it to one rank before another.
+    is_cached, is_served = (comm.sum_(views) == comm.world_size()).T.tolist()
+    fingerprints = _fingerprints(source, [i for i, it_is in enumerate(is_cached) if it_is], adapter.r)
     with comm.failing_together():
-        refuse_others(folder, {name: records[name] for name in fingerprints}, fingerprints)
+        theirs = {name: record for name, record in records.items() if record and name in fingerprints}
+        refuse_others(folder, theirs, fingerprints)
+    missing = [i for i, it_is in enumerate(is_served) if not it_is]
     if missing:
         fingerprints |= _solve(source, missing, wanted, settings, folder)
     with comm.failing_together():
@@ -139,9 +137,7 @@ def _solve(
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     machine = schedule.measure_machine(source.dtype.itemsize, source.is_sliced, settings.device)
-    # Only a Gram can be summed by several ranks, and it gives only the minor vectors.
-    may_sum = wanted.subspace == "minor" and settings.factor in ("auto", "gram")
-    asked = settings.exchange if may_sum else "ship"
+    asked = schedule.allowed_exchange(settings, wanted.subspace)
     routes = {i: schedule.choose_route(source.matrices[i], wanted.r, machine, asked) for i in missing}
     with Progress([source.matrices[i] for i in missing], wanted.r) as progress:
         fingerprints, failed = _solve_by_gram(

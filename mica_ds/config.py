@@ -47,7 +47,10 @@ class AdapterSettings(Section):
 
 class BasisSettings(Section):
     exchange: Literal["auto", "ship", "gram"] = "auto"
-    """How weights reach the rank that solves them: whole, or as partial Grams; the engine chooses for each."""
+    """How weights reach the rank that solves them: whole, or as partial Grams; the engine chooses for each.
+
+    Only where it may choose does it also let a second rank sum half of a Gram.
+    """
     factor: Literal["auto", "lu", "gram", "eigh"] = "auto"
     """What is factored: the square weight, its Gram, or the Gram's eigenproblem; the engine chooses for each."""
     device: Literal["auto", "cpu"] = "auto"

@@ -49,8 +49,9 @@ def count_costs(config: Config, plan: Plan) -> Costs:
     if config.adapter.method == "mica":
         bases = sum(4 * r * matrix.shape[0] for matrix in matrices)
         machine = basis_machine(config, plan.cluster, itemsize)
-        assignment = schedule.assign(matrices, r, machine, config.basis.exchange)
-        moved = sum(schedule.moved_bytes(matrices, assignment, r, machine, config.basis.exchange))
+        asked = schedule.allowed_exchange(config.basis, config.adapter.subspace)
+        assignment = schedule.assign(matrices, r, machine, asked)
+        moved = sum(schedule.moved_bytes(matrices, assignment, r, machine, asked))
         works = schedule.rank_work(matrices, assignment, r, ranks)
         seconds = max(factor.seconds(work, factor.RATES) for work in works)
     return Costs(

@@ -1,7 +1,7 @@
 """Shards to their owners, by the routes and with the help that `schedule` chose.
 
-An owner gives its helper the second half of T's columns, unless that is the helper's slice; each sums the Gram of one
-half; and the helper gives back what it has, strip by strip, and then the diagonal.
+An owner gives its helper the second half of T's columns (T as in `factor`), unless that is the helper's slice. Each
+sums the Gram of one half, and the helper gives its one back, strip by strip, and then the diagonal.
 """
 
 import ctypes
@@ -18,19 +18,19 @@ from mica_ds.schedule import TILE, Assignment
 from mica_ds.shards import Shard, whole_at
 
 _PART = 1024  # stored rows of a half that are sent at a time: a wide one is copied for that
-_HALF = 1 << 30  # the tag of what owners and helpers exchange; others are the matrices' indices
+_HALF = 1 << 30  # the tag of what owners and helpers exchange, apart from those of slices: the matrices' indices
 
 
 @dataclass(frozen=True)
 class Received:
-    """What an owner has to solve."""
+    """A matrix at its owner, ready to be solved."""
 
     W_MN: torch.Tensor
     """(out, in)."""
     gram_KK: torch.Tensor | None
     """What `factor.halved_gram` makes of it, where a helper has summed one half."""
     seconds: float
-    """What the Gram took here."""
+    """For the Gram, with the wait for the helper."""
 
 
 def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Callable[[], Received]]]:

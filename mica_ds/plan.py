@@ -170,7 +170,7 @@ def _loading(zero: Zero, weights: Weights) -> list[Part]:
 def _bases(config: Config, zero: Zero, matrices: list[Matrix]) -> list[Part]:
     """The largest solve, and the slices that wait to be sent, where they do not lie on the host already."""
     machine = basis_machine(config, zero.cluster, zero.itemsize)
-    r, asked = config.adapter.r, config.basis.exchange
+    r, asked = config.adapter.r, schedule.allowed_exchange(config.basis, config.adapter.subspace)
     shipped = [m for m in matrices if schedule.choose_route(m, r, machine, asked) == "ship"]
     solve = max((solve_bytes(matrix, r, zero.itemsize, matrix in shipped) for matrix in matrices), default=0)
     parts = [Part("basis engine", "host", solve)]

@@ -7,7 +7,8 @@ an owner has no room for W.
 
 Where few matrices are most of the work they do not share out evenly. Then a rank with less to do helps an owner: it
 sums the second half of a shipped matrix's Gram, which takes most of the time of a long one, and sends 4 K² bytes. It
-needs half of W for that: the owner's from files, or its own slice, where two ranks hold the halves of the long side.
+needs half of W for that: the owner sends it where it reads files; of partitions it is the helper's own slice, where two
+ranks hold the halves of the long side.
 """
 
 import math
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mica_ds import comm, factor, process, symmetric
+from mica_ds.config import BasisSettings
 from mica_ds.shards import Matrix
 
 TILE = 512
@@ -51,7 +53,10 @@ class Assignment:
     owners: list[int]
     """The rank that solves each matrix."""
     helpers: dict[int, int]
-    """The rank that sums the second half of a Gram for the owner, by the matrix's index; always a higher one."""
+    """The rank that sums the second half of a Gram for the owner, by the matrix's index.
+
+    A higher one than the owner: of two partitions it holds the second half.
+    """
 
 
 def measure_machine(itemsize: int, is_sliced: bool, device: str) -> Machine:
@@ -60,6 +65,15 @@ def measure_machine(itemsize: int, is_sliced: bool, device: str) -> Machine:
     hosts, free, on_host, threads = zip(*found, strict=True)
     memory = min(room // hosts.count(host) for host, room in zip(hosts, free, strict=True))
     return Machine(comm.world_size(), itemsize, memory, is_sliced, all(on_host), min(threads))
+
+
+def allowed_exchange(settings: BasisSettings, subspace: str) -> str:
+    """`basis.exchange`, or `ship` where there is no Gram that several ranks could sum. Local.
+
+    A Gram's factor gives the minor vectors alone.
+    """
+    may_sum = subspace == "minor" and settings.factor in ("auto", "gram")
+    return settings.exchange if may_sum else "ship"
 
 
 def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
@@ -118,7 +132,7 @@ def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
 
 
 def shared_bytes(matrix: Matrix, machine: Machine) -> int:
-    """Bytes received for a matrix with a helper: half of it on either side, and a Gram's triangle. Local."""
+    """Bytes received for a matrix with a helper: half of W, by one of the two, and a Gram's triangle. Local."""
     k = min(matrix.shape)
     triangle = k * (k + symmetric.STRIP) // 2 + k  # strips, and the diagonal
     return machine.itemsize * math.prod(matrix.shape) // 2 + 8 * triangle
@@ -172,12 +186,13 @@ def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto"
             break  # what is longest stays so
         costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
         half = factor.work(matrices[costliest].shape, r)["gram"] / 2 / factor.RATES["gram"]
+        # Loads are seconds of one core: more threads shorten the work, but not what is sent.
         sending = machine.threads * shared_bytes(matrices[costliest], machine) / _BANDWIDTH
-        if load[helper] + half + sending >= load[owner]:
+        shared = load[owner] + sending - half, load[helper] + sending + half
+        if max(shared) >= load[owner]:
             break
         helpers[costliest] = helper
-        load[owner] += sending - half
-        load[helper] += sending + half
+        load[owner], load[helper] = shared
     return Assignment(owners, helpers) if max(load) <= 0.95 * longest else alone
 
 

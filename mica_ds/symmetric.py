@@ -14,7 +14,7 @@ import torch
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _CHUNK = 1 << 20  # entries that are rounded at a time
 STRIP = 128
-"""Rows of a triangle that are moved at a time: of the other triangle they move 128 / K."""
+"""Rows of a triangle that are moved at a time, with the whole of the diagonal's block: STRIP / K more than there is."""
 
 
 def on_host(tensor: torch.Tensor) -> bool:
@@ -44,7 +44,7 @@ def strips(k: int) -> Iterator[slice]:
 
 
 def read_strip(G_KK: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some rows of the upper triangle's transpose, up to the diagonal's block, a view."""
+    """Some rows of the upper triangle's transpose, up to and with the diagonal's block, a view."""
     return G_KK.T[rows, : rows.stop]
 
 

@@ -63,9 +63,13 @@ def test_ranks_are_numbered_by_their_load() -> None:
 def test_help_has_to_save_more_time_than_it_takes_to_send() -> None:
     assert assign(LAYER[4:5], R, replace(FILES, threads=8)).helpers
     assert not assign(LAYER[4:5], R, replace(FILES, threads=64)).helpers
-    # Two that need 96 % and 100 % of the time: to share the latter would save 2 %.
-    nearly = [Matrix("a", (14336, 4096), is_transposed=False), Matrix("b", (13600, 4096), is_transposed=False)]
-    assert not assign(nearly, R, FILES).helpers
+    assert assign([LAYER[4], *2 * LAYER[:1]], R, FILES).helpers
+    assert not assign([LAYER[4], *3 * LAYER[:1]], R, FILES).helpers  # it would save less than 5 %
+
+
+def test_nobody_is_helped_who_ends_earlier_than_the_longest() -> None:
+    matrices = [Matrix("longest", (28672, 4096), is_transposed=False), LAYER[4]]
+    assert assign(matrices, R, replace(FILES, ranks=4)).helpers == {0: 3}
 
 
 def test_more_ranks_than_matrices_share_them_in_pairs() -> None:

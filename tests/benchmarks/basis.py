@@ -14,7 +14,8 @@ Rows:
     smollm2                             all its linear layers under ZeRO-3, 2 ranks x 1 thread
     llama8b                             the 7 matrices of a Llama-3-8B layer from a file, on 2 ranks and on 1
     llama70b                            the same of a Llama-3-70B layer, with the memory of a rank, and the schedule of
-                                        the whole model on 2 to 1024 ranks, by rates of work measured on the spot
+                                        the whole model on 2 to 1024 ranks, from partitions and from files, by rates
+                                        of work measured on the spot
     gpu                                 on one GPU with fp64 units, against torch's SVD there: the three single
                                         matrices, and the layers of both from a file; only where it is asked for
 """
@@ -250,7 +251,7 @@ def simulate(layers: int, ranks: int, rates: dict[str, float], is_sliced: bool) 
     """The schedule of layers of Llama-3-70B: loads by measured rates, and bytes received. Local.
 
     From ZeRO-3's slices, or from files. The owners and helpers are those that the engine chooses, by its own fixed
-    rates. What a matrix on the Gram route costs, and all that is received for one, is counted as its owner's.
+    rates. What a matrix on the Gram route costs, and all that is received for a matrix, is counted as its owner's.
     """
     from mica_ds import schedule
     from mica_ds.shards import Matrix

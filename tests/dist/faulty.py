@@ -20,7 +20,8 @@ class Returned(BaseException):
 def main() -> None:
     """Arguments: the RANK, a MODULE.FUNCTION or MODULE.CLASS.METHOD, what it does, then those of `mica-ds`.
 
-    Beside `return` and the others below, it may go on with little memory: a number of bytes, or a cgroup's folder.
+    It may `return` from the verb, or give `none` instead of what it should; beside that and the others below, it may go
+    on with little memory: a number of bytes, or a cgroup's folder.
     """
     rank, place, act = sys.argv[1:4]
     del sys.argv[1:4]
@@ -64,6 +65,8 @@ def _break_down(verb: Callable[[], None], place: str, act: str) -> None:
         setattr(owner, names[-1], original)
         if act == "return":
             raise Returned
+        if act == "none":
+            return None
         _ACTS.get(act, _starve)(act)
         return original(*args, **kwargs)
 

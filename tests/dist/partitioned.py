@@ -1,6 +1,6 @@
 """A program for the tests: the bases of a config from ZeRO-3's partitions, and what they cost in memory and traffic.
 
-From the checkpoint's files where SOURCE says so.
+From the checkpoint's files with SOURCE=files.
 """
 
 import ctypes
