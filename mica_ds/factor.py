@@ -23,7 +23,6 @@ Factor = Literal["lu", "gram", "eigh"]
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
 EPS64 = torch.finfo(torch.float64).eps
-SMALL_SIDE = 256  # up to here a full eigendecomposition is cheaper (measured)
 _ROUGH = 1e-5  # the tolerance of residuals, relative to their eigenvalues, that fp32 can meet
 _CHUNK = 1 << 19  # entries that are cast to fp64 at a time, to stay in the cache; for a Gram more
 
@@ -46,10 +45,9 @@ def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Facto
     A GPU with fp64 units makes a Gram faster than it factors an LU.
     """
     k = min(shape)
-    is_square = shape[0] == shape[1] and on_host
-    if k <= (SMALL_SIDE if is_square else 640) or r > k // 32:
+    if k <= 640 or r > k // 32:
         return "eigh"
-    return "lu" if is_square else "gram"
+    return "lu" if shape[0] == shape[1] and on_host else "gram"
 
 
 def block_width(r: int) -> int:
@@ -104,10 +102,8 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor 
         return _factored(largest, inverse, start_KQ, factor)
     if factor == "gram":
         return factor_gram(halved_gram(T_KL) if gram_KK is None else gram_KK, r, is_refined=True)
-    G_KK = gram(T_KL)
-    largest = _largest_of_gram(G_KK)
-    minor = symmetric.eigenvectors(G_KK, 0, min(block_width(r), k) - 1)
-    factored = functools.cache(lambda: _cholesky(G_KK, largest))  # made where it is needed, for a deficient T
+    minor, largest = symmetric.eigenvectors(gram(T_KL), 0, min(block_width(r), k) - 1)
+    factored = functools.cache(lambda: _cholesky(gram(T_KL), largest))  # made where it is needed, for a deficient T
     return _factored(largest, lambda X: symmetric.solve(factored(), X), minor, factor)
 
 
@@ -234,9 +230,6 @@ def _krylov(
 
 def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
     """The largest eigenvalue of a symmetric positive operator, to about 1e-3, from below."""
-    if len(start_KQ) <= SMALL_SIDE:
-        identity = torch.eye(len(start_KQ), dtype=start_KQ.dtype, device=start_KQ.device)
-        return float(torch.linalg.eigvalsh(operator(identity))[-1].clamp(min=0))
     values, _ = _krylov(operator, start_KQ, 1, tolerance=3e-2, steps=16, first_check=2)
     return float(values[-1].clamp(min=0))
 

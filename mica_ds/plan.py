@@ -190,7 +190,7 @@ def solve_bytes(matrix: Matrix, r: int, itemsize: int, is_whole: bool) -> int:
     """What an owner holds on its host to solve a matrix: W, what is factored, the blocks of the iteration. Local."""
     k, long = min(matrix.shape), max(matrix.shape)
     kind = factor.choose_factor(matrix.shape, r) if is_whole else "gram"
-    factored = {"lu": 4, "gram": 8, "eigh": 16}[kind] * k * k
+    factored = (4 if kind == "lu" else 8) * k * k
     blocks = 8 * factor.block_width(r) * (2 * long + 16 * k)
     return (itemsize * k * long if is_whole else 0) + factored + blocks + _FP64_BUFFER
 

@@ -17,7 +17,6 @@ import torch
 from mica_ds import symmetric
 from mica_ds.factor import (
     EPS64,
-    SMALL_SIDE,
     Factor,
     Factored,
     block_width,
@@ -34,6 +33,7 @@ from mica_ds.factor import (
 _TOLERANCE = 5e-6
 # Below this share of the largest singular value, W v has lost its direction to rounding (fp64 Gram: about 1e-8).
 _NEGLIGIBLE = 1e-7
+_SMALL_SIDE = 256  # up to here always solved whole: 16 blocks of 16 columns must fit in, for σ_max
 _SMALL_ENTRIES = 1 << 20  # up to here W is cast to fp64 once; larger ones a chunk at a time, to save memory
 # What takes over where a factor does not reach the tolerance.
 _AFTER: dict[Factor, list[Factor]] = {"lu": ["gram", "eigh"], "gram": ["eigh"], "eigh": []}
@@ -121,7 +121,7 @@ def solve(
     T_KL = W_MN if m <= n else W_MN.T
     T64_KL = T_KL.double() if T_KL.numel() <= _SMALL_ENTRIES else T_KL
     first = choose_factor((m, n), r, symmetric.on_host(W_MN))
-    if factor and k > max(SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or (m == n and symmetric.on_host(W_MN))):
+    if factor and k > max(_SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or (m == n and symmetric.on_host(W_MN))):
         first = factor
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
@@ -254,7 +254,7 @@ def _long_side(T_KL: torch.Tensor, minor: _Ritz, r: int, factored: Factored) -> 
 
 def _principal(T_KL: torch.Tensor, r: int, is_wide: bool) -> torch.Tensor:
     k = len(T_KL)
-    X_KR = symmetric.eigenvectors(gram(T_KL), k - r, k - 1).flip(1)
+    X_KR = symmetric.eigenvectors(gram(T_KL), k - r, k - 1)[0].flip(1)
     return X_KR if is_wide else torch.linalg.qr(multiply(T_KL, X_KR)[0]).Q
 
 

@@ -94,8 +94,22 @@ def rounded(A_KK: torch.Tensor) -> torch.Tensor:
     return fp32.view_as(A_KK).T
 
 
-def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """The eigenvectors of the eigenvalues number `first` to `last`, in ascending order, as columns."""
+def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, float]:
+    """The eigenvectors of the eigenvalues number `first` to `last`, ascending, as columns, and the largest eigenvalue.
+
+    G is positive semidefinite, but for rounding. On the host it is overwritten, by LAPACK's steps: the largest comes at
+    once from the tridiagonal form, which `scipy.linalg.eigh` does not give.
+    """
     if not on_host(G_KK):
-        return torch.linalg.eigh(G_KK, UPLO="L")[1][:, first : last + 1]
-    return torch.from_numpy(scipy.linalg.eigh(G_KK.numpy(), subset_by_index=[first, last], check_finite=False)[1])
+        values, vectors_KQ = torch.linalg.eigh(G_KK, UPLO="L")
+        return vectors_KQ[:, first : last + 1], max(float(values[-1]), 0.0)
+    k = len(G_KK)
+    reduced = scipy.linalg.lapack.dsytrd(G_KK.numpy(), lower=True, lwork=16 * k, overwrite_a=True)
+    reflectors, diagonal, beside, scales, _ = reduced
+    vectors = scipy.linalg.eigh_tridiagonal(diagonal, beside, select="i", select_range=(first, last))[1]
+    largest = scipy.linalg.eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(k - 1, k - 1))[0]
+    if k > 1:  # the reflectors lie below the diagonal, and leave the first row alone
+        below = reflectors.ravel(order="K")[1 : 1 + k * (k - 1)].reshape(k, k - 1, order="F")
+        size = 32 * vectors.shape[1]
+        vectors[1:] = scipy.linalg.lapack.dormqr("L", "N", below, scales, vectors[1:], lwork=size)[0]
+    return torch.from_numpy(vectors), max(float(largest), 0.0)
