@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from mica_ds import comm
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
 from mica_ds.files import lock_at_once
+from mica_ds.process import free_port
 from mica_ds.shelf import writing
 
 LOG = "study.log"
@@ -159,8 +159,7 @@ def _gpus() -> list[str]:
 
 def _place(study: StudySettings) -> dict[str, str]:
     """Where the ranks of one run meet, and their part of the cores unless the environment has it."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        place = {"MASTER_PORT": str(listener.getsockname()[1])}
+    place = {"MASTER_PORT": str(free_port())}
     if study.ranks is None:
         return place
     threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))

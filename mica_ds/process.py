@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -36,7 +37,7 @@ def find_ranks() -> None:
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     elif not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(f"{os.environ['WORLD_SIZE']} ranks, but no MASTER_ADDR and MASTER_PORT to meet at; export both")
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -47,10 +48,15 @@ def find_ranks() -> None:
         raise UserError(f"{where} that {socket.gethostname()} knows: {error.strerror}") from None
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_port() -> int:
+    """A port that nothing listens on, for ranks that take it seconds later. Local.
+
+    It is below those that Linux hands out, or another's connection could take it before they do.
+    """
+    while True:
+        port = 10000 + secrets.randbelow(20000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def why_apart(error: Exception) -> str:

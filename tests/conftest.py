@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,6 +19,8 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
+
+from mica_ds.process import free_port
 
 from .preloaded import Program
 
@@ -193,9 +194,10 @@ def environment(**variables: str) -> dict[str, str]:
 
 def free_ports(number: int) -> list[int]:
     """Ports that nothing listens on, all different."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [listener.getsockname()[1] for listener in listeners]
+    ports: set[int] = set()
+    while len(ports) < number:
+        ports.add(free_port())
+    return list(ports)
 
 
 def start(command: list[str], cwd: Path = ROOT, **variables: str) -> Finished:

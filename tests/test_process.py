@@ -1,6 +1,7 @@
 """How ranks find each other, before they have met."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ def test_a_place_to_meet_must_be_known(variables: dict[str, str], said: str, mon
             process.find_ranks()
     else:
         process.find_ranks()
+
+
+def test_a_free_port_is_below_those_that_linux_hands_out() -> None:
+    assert max(process.free_port() for _ in range(100)) < 32768
+
+
+def test_a_port_that_is_listened_on_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, free = process.free_port(), process.free_port()
+    drawn = [taken - 10000, free - 10000]
+    monkeypatch.setattr(process.secrets, "randbelow", lambda _: drawn.pop(0))
+    with socket.create_server(("127.0.0.1", taken)):
+        assert process.free_port() == free
 
 
 def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ import scipy
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from mica_ds.process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CORES = len(os.sched_getaffinity(0))
@@ -69,8 +70,7 @@ def reset_peak() -> None:
 def run_ranks(script: str, work: Callable[..., Any], folder: Path, ranks: int, threads: int, **arguments: Any) -> Any:
     """Run `script --as-rank work folder arguments` as rank processes, and return the found.json that they leave."""
     say(f"{work.__name__} {arguments or ''} on {ranks} x {threads} ...")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, script, "--as-rank", work.__name__, str(folder), json.dumps(arguments)]
     group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads)}
     environments = [{**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
