@@ -144,7 +144,8 @@ def _solve(
             source, [i for i in missing if routes[i] == "gram"], wanted, folder, progress
         )
         shipped = [i for i in missing if routes[i] == "ship" or i in failed]
-        assignment = schedule.assign([source.matrices[i] for i in shipped], wanted.r, machine, asked)
+        may_share = asked if settings.factor == "auto" else "ship"
+        assignment = schedule.assign([source.matrices[i] for i in shipped], wanted.r, machine, may_share)
         fingerprints |= _solve_shipped(source, shipped, assignment, wanted, settings, folder, progress)
     return fingerprints
 

@@ -49,10 +49,11 @@ class BasisSettings(Section):
     exchange: Literal["auto", "ship", "gram"] = "auto"
     """How weights reach the rank that solves them: whole, or as partial Grams; the engine chooses for each.
 
-    Only where it may choose does it also let a second rank sum half of a Gram.
+    Only where it may choose this and the factor does it also let a second rank sum a part of a Gram.
     """
-    factor: Literal["auto", "lu", "gram", "eigh"] = "auto"
-    """What is factored: the square weight, its Gram, or the Gram's eigenproblem; the engine chooses for each."""
+    factor: Literal["auto", "lu", "gram32", "gram", "eigh"] = "auto"
+    """What is factored: the square weight, its Gram (in fp32 or in fp64), or the Gram's eigenproblem; the engine
+    chooses for each."""
     device: Literal["auto", "cpu"] = "auto"
     """Where whole weights are solved: on the owner's GPU where it has fp64 units and room, or always on its CPU."""
 

@@ -1,7 +1,7 @@
 """Shards to their owners, by the routes and with the help that `schedule` chose.
 
-An owner gives its helper the second half of T's columns (T as in `factor`), unless that is the helper's slice. Each
-sums the Gram of one half, and the helper gives its one back, strip by strip, and then the diagonal.
+An owner gives its helper the last quarter of T's columns (T as in `factor`), unless that is in the helper's slice. Each
+sums the Gram of its part, and the helper gives its one back, strip by strip, and then the diagonal.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from mica_ds import comm, factor, solver, symmetric
 from mica_ds.schedule import TILE, Assignment
 from mica_ds.shards import Shard, whole_at
 
-_PART = 1024  # stored rows of a half that are sent at a time: a wide one is copied for that
-_HALF = 1 << 30  # the tag of what owners and helpers exchange, apart from those of slices: the matrices' indices
+_PART = 1024  # stored rows of a quarter that are sent at a time: a wide one is copied for that
+_HELP = 1 << 30  # the tag of what owners and helpers exchange, apart from those of slices: the matrices' indices
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Received:
     W_MN: torch.Tensor
     """(out, in)."""
     gram_KK: torch.Tensor | None
-    """What `factor.halved_gram` makes of it, where a helper has summed one half."""
+    """What `factor.shared_gram` makes of it, where a helper has summed its part."""
     seconds: float
     """For the Gram, with the wait for the helper."""
 
@@ -38,8 +38,8 @@ def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Cal
 
     All sends are started first and run in the background: no rank waits for another's solve before it begins its own.
     Owners and helpers begin with what they share. A rank receives out · in elements for each matrix it owns, less its
-    own slice, and with a helper about 4 K² bytes more; a helper at most half of W. It holds one matrix at a time if the
-    caller lets go of each before it asks for the next. Each must be asked for: others are sending it.
+    own slice, and with a helper about 2 K² bytes more; a helper at most a quarter of W. It holds one matrix at a time
+    if the caller lets go of each before it asks for the next. Each must be asked for: others are sending it.
     """
     rank = comm.rank()
     sends = []
@@ -66,39 +66,39 @@ def _receive_whole(shard: Shard, helper: int | None, tag: int) -> Received:
 
 def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor:
     is_long = len(stored) > stored.shape[1]
-    half = factor.halfway(max(stored.shape))
+    first = factor.owned(max(stored.shape))
     if not _holds_slice(shard, helper):
-        for part in (stored[half:] if is_long else stored[:, half:]).split(_PART):
-            comm.wait([comm.send(part.contiguous(), helper, _HALF)])
-    G_KK = factor.gram(stored[:half].T if is_long else stored[:, :half])
+        for part in (stored[first:] if is_long else stored[:, first:]).split(_PART):
+            comm.wait([comm.send(part.contiguous(), helper, _HELP)])
+    G_KK = factor.gram(stored[:first].T if is_long else stored[:, :first], torch.float32)
     for rows in symmetric.strips(len(G_KK)):
-        strip = torch.empty(rows.stop - rows.start, rows.stop, dtype=torch.float64)
-        comm.wait([comm.receive(strip, helper, _HALF)])
+        strip = torch.empty(rows.stop - rows.start, rows.stop)
+        comm.wait([comm.receive(strip, helper, _HELP)])
         symmetric.add_strip(G_KK, rows, strip)
-    diagonal = torch.empty(len(G_KK), dtype=torch.float64)
-    comm.wait([comm.receive(diagonal, helper, _HALF)])
+    diagonal = torch.empty(len(G_KK))
+    comm.wait([comm.receive(diagonal, helper, _HELP)])
     G_KK.diagonal().add_(diagonal)
     return G_KK
 
 
 def _help(shard: Shard, owner: int) -> None:
     """The other side of `_share_gram`."""
-    G_KK = factor.gram(_second_half(shard, owner), to_lower=False)
+    G_KK = factor.gram(_last_quarter(shard, owner), torch.float32, to_lower=False)
     for rows in symmetric.strips(len(G_KK)):
-        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HALF)])
-    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HALF)])
+        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HELP)])
+    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HELP)])
 
 
-def _second_half(shard: Shard, owner: int) -> torch.Tensor:
+def _last_quarter(shard: Shard, owner: int) -> torch.Tensor:
     """The columns of T of which this rank sums the Gram."""
     rows, columns = shard.matrix.stored_shape
-    half, rank, values = factor.halfway(max(rows, columns)), comm.rank(), shard.read()
-    if _holds_slice(shard, rank):  # of two, and the long side is cut: it holds all that comes after the first half
-        return values[half * columns - shard.bounds[rank] :].view(-1, columns).T
-    second = torch.empty((rows - half, columns) if rows > columns else (rows, columns - half), dtype=values.dtype)
-    for part in second.split(_PART):
-        comm.wait([comm.receive(part, owner, _HALF)])
-    return second.T if rows > columns else second
+    first, rank, values = factor.owned(max(rows, columns)), comm.rank(), shard.read()
+    if _holds_slice(shard, rank):  # of two, and the long side is cut: it holds the second half
+        return values[first * columns - shard.bounds[rank] :].view(-1, columns).T
+    last = torch.empty((rows - first, columns) if rows > columns else (rows, columns - first), dtype=values.dtype)
+    for part in last.split(_PART):
+        comm.wait([comm.receive(part, owner, _HELP)])
+    return last.T if rows > columns else last
 
 
 def _holds_slice(shard: Shard, rank: int) -> bool:
@@ -127,7 +127,7 @@ def _sum_round(
     for G_KK in sums:
         if G_KK is not None:
             with suppress(*symmetric.FAILURES):  # then there are no columns to multiply
-                mine = factor.factor_gram(G_KK, r, is_refined=False)
+                mine = factor.factor_gram(G_KK, r, tolerance=1e-8)
     for i in batch:
         is_mine = owners[i] == comm.rank()
         nothing = torch.empty(shards[i].matrix.stored_shape[1], 0, dtype=torch.float64)

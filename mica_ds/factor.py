@@ -19,11 +19,14 @@ import torch
 
 from mica_ds import symmetric
 
-Factor = Literal["lu", "gram", "eigh"]
+Factor = Literal["lu", "gram32", "gram", "eigh"]
 Operator = Callable[[torch.Tensor], torch.Tensor]
 
+EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
-_ROUGH = 1e-5  # the tolerance of residuals, relative to their eigenvalues, that fp32 can meet
+_DROWNED = 0.1  # the share of a Gram's least eigenvalue from which fp32's rounding is too much
+HELP = 1 / 4
+"""The share of a Gram that a second rank may sum: a larger one balances the ranks worse where they own few matrices."""
 _CHUNK = 1 << 19  # entries that are cast to fp64 at a time, to stay in the cache; for a Gram more
 
 
@@ -47,7 +50,9 @@ def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Facto
     k = min(shape)
     if k <= 640 or r > k // 32:
         return "eigh"
-    return "lu" if shape[0] == shape[1] and on_host else "gram"
+    if not on_host:
+        return "gram"
+    return "lu" if shape[0] == shape[1] else "gram32"
 
 
 def block_width(r: int) -> int:
@@ -69,24 +74,24 @@ def seconds(work: dict[str, float], rates: dict[str, float]) -> float:
 
 
 def work(shape: tuple[int, int], r: int) -> dict[str, float]:
-    """The work of a solve by kind: floating-point operations, and bytes of the passes that memory limits. Local."""
+    """The work of a solve by kind: floating-point operations, and bytes of the passes over W and its factor. Local."""
     k, long = min(shape), max(shape)
     factor = choose_factor(shape, r)
     if factor == "lu":
         return {"lu": 2 / 3 * k**3, "bytes": 4 * k**2 * _PASSES["lu"]}
-    if factor == "gram":
-        return {"gram": long * k**2, "cholesky": k**3 / 3, "bytes": 8 * k**2 * _PASSES["gram"] + 16 * long * k}
+    if factor == "gram32":
+        return {"gram32": long * k**2, "cholesky32": k**3 / 3, "bytes": 4 * k**2 * _PASSES["gram32"] + 16 * long * k}
     return {"gram": long * k**2, "eigh": 4 / 3 * k**3}
 
 
-# Operations (bytes) a second of one core of an Intel Xeon with AVX-512, and how often a solve reads its factor or as
-# much: measured, see tests/benchmarks.
-RATES = {"lu": 120e9, "gram": 85e9, "cholesky": 55e9, "eigh": 23e9, "bytes": 8e9}
-_PASSES = {"lu": 40, "gram": 25}
+# Operations (bytes) a second of one core of an AMD EPYC with AVX2, and how often a solve reads its factor or as much:
+# measured, see tests/benchmarks.
+RATES = {"lu": 80e9, "gram32": 85e9, "cholesky32": 93e9, "gram": 41e9, "eigh": 20e9, "bytes": 2.6e9}
+_PASSES = {"lu": 40, "gram32": 60}
 
 
 def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor | None = None) -> Factored:
-    """Factor T and find a start; `gram_KK` is what `halved_gram` makes of T, where that is known.
+    """Factor T and find a start; `gram_KK` is what `shared_gram` makes of T, where that is known.
 
     Raises: LinAlgError where T is singular to the factor's rounding.
     """
@@ -100,34 +105,35 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor 
         steps = min(8, k // 2 // width)
         start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
         return _factored(largest, inverse, start_KQ, factor)
+    if factor == "gram32":
+        return factor_gram(shared_gram(T_KL) if gram_KK is None else gram_KK, r, tolerance=1e-4)
     if factor == "gram":
-        return factor_gram(halved_gram(T_KL) if gram_KK is None else gram_KK, r, is_refined=True)
+        return factor_gram(gram(T_KL), r, tolerance=1e-6)
     minor, largest = symmetric.eigenvectors(gram(T_KL), 0, min(block_width(r), k) - 1)
     factored = functools.cache(lambda: _cholesky(gram(T_KL), largest))  # made where it is needed, for a deficient T
     return _factored(largest, lambda X: symmetric.solve(factored(), X), minor, factor)
 
 
-def factor_gram(G_KK: torch.Tensor, r: int, is_refined: bool) -> Factored:
-    """Factor a Gram T Tᵀ (fp64, column-major; the lower triangle is enough), and find a start.
+def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
+    """Factor a Gram T Tᵀ (fp64 or fp32, column-major; the lower triangle is enough), and find a start.
 
-    On the host it is done in the Gram's own memory. `r` is at most K / 32. Where corrections through T follow
-    (`is_refined`), a rougher start is enough, for which the host iterates in fp32, if its noise allows that.
+    On the host it is done in the Gram's own memory. `r` is at most K / 32. `tolerance` is of the start's residuals,
+    relative to their eigenvalues: where corrections through T follow, a rough one is enough.
+
+    Raises: LinAlgError where fp32's range or rounding loses the minor end.
     """
     k, width = len(G_KK), block_width(r)
+    if G_KK.dtype == torch.float32 and not 1e-20 < G_KK.diagonal().max() < 1e20:
+        raise np.linalg.LinAlgError("squares of such values leave the range of fp32")
     largest = _largest_of_gram(G_KK)
-    L_KK = _cholesky(G_KK, largest)
+    inverse = functools.partial(symmetric.solve, _cholesky(G_KK, largest))
     start_KQ = random_normal(k, width, seed=0).to(G_KK)
-    tolerance, steps = 1e-6 if is_refined else 1e-8, max(1, k // 2 // width)
-    if is_refined and symmetric.on_host(G_KK):
-        values, start_KQ = _krylov(functools.partial(symmetric.solve, L_KK), start_KQ, width, 0.0, 2, first_check=2)
-        # The noise is relative to the inverse's largest eigenvalue; what rounding adds to the singular values of L is
-        # relative to its largest.
-        noise = torch.finfo(torch.float32).eps * float(values[-1])
-        if noise < _ROUGH * values[-r - 1] and noise * largest < 1:
-            L_KK, tolerance = symmetric.rounded(L_KK), _ROUGH
-    inverse = functools.partial(symmetric.solve, L_KK)
-    start_KQ = _krylov(inverse, start_KQ.to(L_KK.dtype), r + 1, tolerance, steps, first_check=8)[1]
-    return _factored(largest, inverse, start_KQ, "gram")
+    values, start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, max(1, k // 2 // width), first_check=8)
+    if G_KK.dtype == torch.float64:
+        return _factored(largest, inverse, start_KQ, "gram")
+    if not EPS32 * largest * float(values[-1]) <= _DROWNED:
+        raise np.linalg.LinAlgError("fp32's rounding drowns the minor end")
+    return _factored(largest * (1 - 1e-5), inverse, start_KQ, "gram32")  # from below, whatever G's rounding
 
 
 def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor: Factor) -> Factored:
@@ -135,35 +141,33 @@ def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor:
     return Factored(largest**0.5, lambda X: inverse(X).double(), start_KQ, factor)
 
 
-def gram(T_KL: torch.Tensor, to_lower: bool = True) -> torch.Tensor:
-    """A triangle of T Tᵀ in fp64, with zeros in the other one (on a GPU all of it). fp32 would lose half the digits."""
-    return _add_gram(symmetric.zeros(len(T_KL), T_KL.device), T_KL, to_lower)
+def gram(T_KL: torch.Tensor, dtype: torch.dtype = torch.float64, to_lower: bool = True) -> torch.Tensor:
+    """A triangle of T Tᵀ, with zeros in the other one (on a GPU all of it)."""
+    return _add_gram(symmetric.zeros(len(T_KL), T_KL.device, dtype), T_KL, to_lower)
 
 
 def _add_gram(G_KK: torch.Tensor, T_KL: torch.Tensor, to_lower: bool) -> torch.Tensor:
-    for part in _fp64_parts(T_KL, 8 * _CHUNK):
+    for part in _parts(T_KL, 8 * _CHUNK, G_KK.dtype):
         symmetric.add_gram(G_KK, part, to_lower)
     return G_KK
 
 
-def halfway(long: int) -> int:
-    """The columns of T in the first half. Local."""
-    return -(-long // 2)
+def owned(long: int) -> int:
+    """The first columns of T, of which its owner sums the Gram; `HELP` is the share of the others. Local."""
+    return long - int(HELP * long)
 
 
-def halved_gram(T_KL: torch.Tensor) -> torch.Tensor:
-    """The lower triangle of T Tᵀ in fp64, as the sum of two: of the first half of T's columns, and of the others.
+def shared_gram(T_KL: torch.Tensor) -> torch.Tensor:
+    """The lower triangle of T Tᵀ in fp32, as the sum of two: of the first columns of T, and of the last quarter.
 
-    Two ranks may sum one each, and get the same bits (`exchange`). The second half takes the place of the upper
-    triangle, and is left there. On a GPU, where none share it, it is the plain Gram.
+    Two ranks may sum one each, and get the same bits (`exchange`). The last quarter's takes the place of the upper
+    triangle, and is left there. On the host.
     """
-    if not symmetric.on_host(T_KL):
-        return gram(T_KL)
-    half = halfway(T_KL.shape[1])
-    G_KK = gram(T_KL[:, :half])
+    first = owned(T_KL.shape[1])
+    G_KK = gram(T_KL[:, :first], torch.float32)
     diagonal = G_KK.diagonal().clone()
     G_KK.diagonal().zero_()
-    _add_gram(G_KK, T_KL[:, half:], to_lower=False)
+    _add_gram(G_KK, T_KL[:, first:], to_lower=False)
     for rows in symmetric.strips(len(G_KK)):
         symmetric.add_strip(G_KK, rows, symmetric.read_strip(G_KK, rows))
     G_KK.diagonal().add_(diagonal)
@@ -172,8 +176,10 @@ def halved_gram(T_KL: torch.Tensor) -> torch.Tensor:
 
 def _cholesky(G_KK: torch.Tensor, largest: float) -> torch.Tensor:
     """What `symmetric.cholesky` makes of G + δ, and of its memory."""
-    # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone.
-    G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
+    # δ keeps a singular Gram positive definite despite rounding, and leaves the eigenvectors alone. fp32's rounding
+    # would need one as large as the minor end; there a singular Gram fails.
+    if G_KK.dtype == torch.float64:
+        G_KK.diagonal().add_(len(G_KK) * EPS64 * largest or 1.0)
     return symmetric.cholesky(G_KK)
 
 
@@ -236,7 +242,7 @@ def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
 
 def _largest_of_gram(G_KK: torch.Tensor) -> float:
     # MKL takes twice as long on AMD for columns that are no multiple of 12 (fp64; in fp32 of 16, measured).
-    return _largest(functools.partial(symmetric.times, G_KK), random_normal(len(G_KK), 12, seed=0).to(G_KK.device))
+    return _largest(functools.partial(symmetric.times, G_KK), random_normal(len(G_KK), 12, seed=0).to(G_KK))
 
 
 def multiply(T_KL: torch.Tensor, X_KQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,7 +250,7 @@ def multiply(T_KL: torch.Tensor, X_KQ: torch.Tensor) -> tuple[torch.Tensor, torc
     Z_KQ = torch.zeros_like(X_KQ)
     Y_LQ = X_KQ.new_empty(T_KL.shape[1], X_KQ.shape[1])
     done = 0
-    for part in _fp64_parts(T_KL, _CHUNK):
+    for part in _parts(T_KL, _CHUNK, torch.float64):
         Y_part = torch.mm(part.T, X_KQ, out=Y_LQ[done : done + part.shape[1]])
         Z_KQ.addmm_(part, Y_part)
         done += part.shape[1]
@@ -255,15 +261,15 @@ def times(T_KL: torch.Tensor, Y_LQ: torch.Tensor) -> torch.Tensor:
     """T Y (K, Q) in fp64."""
     Z_KQ = Y_LQ.new_zeros(len(T_KL), Y_LQ.shape[1])
     done = 0
-    for part in _fp64_parts(T_KL, _CHUNK):
+    for part in _parts(T_KL, _CHUNK, torch.float64):
         Z_KQ.addmm_(part, Y_LQ[done : done + part.shape[1]])
         done += part.shape[1]
     return Z_KQ
 
 
-def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
-    """T in fp64, some columns at a time, in the same memory each time: fresh memory costs more than the cast."""
-    if T_KL.dtype == torch.float64:
+def _parts(T_KL: torch.Tensor, entries: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """T in this dtype, some columns at a time, in the same memory each time: fresh memory costs more than the cast."""
+    if T_KL.dtype == torch.float64 == dtype:
         yield T_KL
         return
     k = len(T_KL)
@@ -272,7 +278,7 @@ def _fp64_parts(T_KL: torch.Tensor, entries: int) -> Iterator[torch.Tensor]:
     size = min(max(128, entries // k), T_KL.shape[1])
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
     shape = (k, size) if T_KL.stride(1) == 1 else (size, k)
-    buffer = torch.empty(shape, dtype=torch.float64, device=T_KL.device)
+    buffer = torch.empty(shape, dtype=dtype, device=T_KL.device)
     for part in T_KL.split(size, dim=1):
         whole = part.shape[1] == size
         if T_KL.stride(1) == 1:

@@ -6,9 +6,9 @@ one round trip for the vectors through W. The Gram pays where a matrix is long a
 an owner has no room for W.
 
 Where few matrices are most of the work they do not share out evenly. Then a rank with less to do helps an owner: it
-sums the second half of a shipped matrix's Gram, which takes most of the time of a long one, and sends 4 K² bytes. It
-needs half of W for that: the owner sends it where it reads files; of partitions it is the helper's own slice, where two
-ranks hold the halves of the long side.
+sums the last quarter of a shipped matrix's Gram, in fp32, and sends 2 K² bytes. It needs a quarter of W for that: the
+owner sends it where it reads files; of partitions it is in the helper's own slice, where two ranks hold the halves of
+the long side.
 """
 
 import math
@@ -53,7 +53,7 @@ class Assignment:
     owners: list[int]
     """The rank that solves each matrix."""
     helpers: dict[int, int]
-    """The rank that sums the second half of a Gram for the owner, by the matrix's index.
+    """The rank that sums the last quarter of a Gram for the owner, by the matrix's index.
 
     A higher one than the owner: of two partitions it holds the second half.
     """
@@ -132,10 +132,10 @@ def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
 
 
 def shared_bytes(matrix: Matrix, machine: Machine) -> int:
-    """Bytes received for a matrix with a helper: half of W, by one of the two, and a Gram's triangle. Local."""
-    k = min(matrix.shape)
+    """Bytes received for a matrix with a helper: a Gram's triangle, and what one of the two lacks of W. Local."""
+    k, lacks = min(matrix.shape), 1 / 2 if machine.is_sliced else factor.HELP
     triangle = k * (k + symmetric.STRIP) // 2 + k  # strips, and the diagonal
-    return machine.itemsize * math.prod(matrix.shape) // 2 + 8 * triangle
+    return int(machine.itemsize * math.prod(matrix.shape) * lacks) + 4 * triangle
 
 
 def moved_bytes(
@@ -185,10 +185,11 @@ def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto"
         if not mine or load[owner] <= max(load[:owner], default=0.0):
             break  # what is longest stays so
         costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
-        half = factor.work(matrices[costliest].shape, r)["gram"] / 2 / factor.RATES["gram"]
+        saved = factor.HELP * factor.work(matrices[costliest].shape, r)["gram32"] / factor.RATES["gram32"]
         # Loads are seconds of one core: more threads shorten the work, but not what is sent.
-        sending = machine.threads * shared_bytes(matrices[costliest], machine) / _BANDWIDTH
-        shared = load[owner] + sending - half, load[helper] + sending + half
+        more = shared_bytes(matrices[costliest], machine) - shipped_bytes(matrices[costliest], machine)
+        sending = machine.threads * more / _BANDWIDTH
+        shared = load[owner] + sending - saved, load[helper] + sending + saved
         if max(shared) >= load[owner]:
             break
         helpers[costliest] = helper
@@ -201,9 +202,9 @@ def _may_share(matrix: Matrix, r: int, machine: Machine, asked: str) -> bool:
     rows, columns = matrix.stored_shape
     if asked != "auto" or not machine.is_on_host or choose_route(matrix, r, machine) == "gram":
         return False
-    is_halved = not machine.is_sliced or (machine.ranks == 2 and rows > columns)
+    is_held = not machine.is_sliced or (machine.ranks == 2 and rows > columns)
     is_cheap = shared_bytes(matrix, machine) <= 1.1 * machine.itemsize * rows * columns
-    return is_halved and is_cheap and factor.choose_factor(matrix.shape, r) == "gram"
+    return is_held and is_cheap and factor.choose_factor(matrix.shape, r) == "gram32"
 
 
 def rank_work(matrices: list[Matrix], assignment: Assignment, r: int, ranks: int) -> list[dict[str, float]]:
@@ -211,7 +212,7 @@ def rank_work(matrices: list[Matrix], assignment: Assignment, r: int, ranks: int
     totals: list[dict[str, float]] = [defaultdict(float) for _ in range(ranks)]
     for i, (matrix, owner) in enumerate(zip(matrices, assignment.owners, strict=True)):
         for kind, amount in factor.work(matrix.shape, r).items():
-            share = amount / 2 if kind == "gram" and i in assignment.helpers else 0.0
+            share = factor.HELP * amount if kind == "gram32" and i in assignment.helpers else 0.0
             totals[owner][kind] += amount - share
             totals[assignment.helpers.get(i, owner)][kind] += share
     return totals

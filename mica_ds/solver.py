@@ -35,8 +35,10 @@ _TOLERANCE = 5e-6
 _NEGLIGIBLE = 1e-7
 _SMALL_SIDE = 256  # up to here always solved whole: 16 blocks of 16 columns must fit in, for σ_max
 _SMALL_ENTRIES = 1 << 20  # up to here W is cast to fp64 once; larger ones a chunk at a time, to save memory
+_STEPS = 16  # of conjugate gradients for a correction, at most
+_REDUCTION = 1e-5  # of the squared residual by them
 # What takes over where a factor does not reach the tolerance.
-_AFTER: dict[Factor, list[Factor]] = {"lu": ["gram", "eigh"], "gram": ["eigh"], "eigh": []}
+_AFTER: dict[Factor, list[Factor]] = {"lu": ["gram", "eigh"], "gram32": ["gram", "eigh"], "gram": ["eigh"], "eigh": []}
 
 
 class NotFiniteError(ValueError):
@@ -109,7 +111,7 @@ def solve(
 
     See `minor_left_singular_vectors` for the rest. `seed` draws the random subspace; `factor` replaces the choice of
     `choose_factor` where it can: small sides are always solved whole, and only a square matrix on the host has an LU.
-    `gram_KK` is what `factor.halved_gram` makes of T, where that is known; it is overwritten.
+    `gram_KK` is what `factor.shared_gram` makes of T, where that is known; it is overwritten.
     """
     W_MN = W_MN.detach()
     m, n = W_MN.shape
@@ -121,12 +123,13 @@ def solve(
     T_KL = W_MN if m <= n else W_MN.T
     T64_KL = T_KL.double() if T_KL.numel() <= _SMALL_ENTRIES else T_KL
     first = choose_factor((m, n), r, symmetric.on_host(W_MN))
-    if factor and k > max(_SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or (m == n and symmetric.on_host(W_MN))):
+    is_possible = k > max(_SMALL_SIDE, 4 * block_width(r)) and (factor != "lu" or m == n)
+    if factor and is_possible and (factor in ("gram", "eigh") or symmetric.on_host(W_MN)):
         first = factor
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
         try:
-            factored = factorise(T_KL if attempt == "lu" else T64_KL, r, attempt, gram_KK)
+            factored = factorise(T_KL if attempt in ("lu", "gram32") else T64_KL, r, attempt, gram_KK)
             minor, is_converged = _refine(T64_KL, factored, r, is_left=m <= n)
         except symmetric.FAILURES:
             if attempt == "eigh":
@@ -174,6 +177,8 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
             return ritz, True
         if not left:
             break
+        if factored.factor == "gram32":
+            D_KQ = _correction(ritz, factored)
         for _ in range(2):
             D_KQ = torch.linalg.qr(D_KQ).Q
             D_KQ -= ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
@@ -188,6 +193,34 @@ def _error(ritz: _Ritz, factored: Factored) -> torch.Tensor:
     """(T Tᵀ)⁻¹ residual, beyond the columns kept (K, Q): component j is (1 − λ / λ_j) of the error's."""
     width = factored.start_KQ.shape[1]
     D_KQ = factored.inverse(ritz.residual_KR(width))
+    return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
+
+
+def _correction(ritz: _Ritz, factored: Factored) -> torch.Tensor:
+    """(T Tᵀ − λ)⁻¹ residual, beyond the columns kept (K, Q): the error to first order, where `_error` is a part of it.
+
+    By conjugate gradients on (I − λ (T Tᵀ)⁻¹) D = (T Tᵀ)⁻¹ residual, for all columns at once.
+    """
+    width = factored.start_KQ.shape[1]
+    X_KQ, values = ritz.X_KQ[:, -width:], ritz.sigma[-width:] ** 2
+
+    def solved(A_KQ: torch.Tensor) -> torch.Tensor:
+        A_KQ = factored.inverse(A_KQ)
+        return A_KQ - X_KQ @ (X_KQ.T @ A_KQ)
+
+    left_KQ = direction_KQ = solved(ritz.residual_KR(width))
+    D_KQ = torch.zeros_like(left_KQ)
+    energy = first = left_KQ.square().sum(dim=0)
+    for _ in range(_STEPS):
+        image_KQ = direction_KQ - values * solved(direction_KQ)
+        curvature = (direction_KQ * image_KQ).sum(dim=0)
+        step = torch.where(curvature > 0, energy / curvature, 0.0)  # a start that is too rough may make it negative
+        D_KQ += step * direction_KQ
+        left_KQ = left_KQ - step * image_KQ
+        before, energy = energy, left_KQ.square().sum(dim=0)
+        if (energy <= _REDUCTION * first).all():
+            break
+        direction_KQ = left_KQ + energy / before.clamp(min=1e-300) * direction_KQ
     return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
 
 

@@ -1,7 +1,7 @@
-"""Symmetric fp64 matrices, given by their lower triangles: LAPACK in their own memory on the host, torch on a GPU.
+"""Symmetric matrices, given by their lower triangles: LAPACK in their own memory on the host, torch on a GPU.
 
 On the host scipy's OpenBLAS beats torch's MKL for these, and takes half the memory (measured; see the README's table).
-Shapes: G (K, K), column-major on the host, as `zeros` makes it.
+Shapes: G (K, K), fp64 or fp32, column-major on the host, as `zeros` makes it.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,6 @@ import torch
 
 # What numpy and torch raise where a factorisation or an eigenproblem fails.
 FAILURES = (np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
-_CHUNK = 1 << 20  # entries that are rounded at a time
 STRIP = 128
 """Rows of a triangle that are moved at a time, with the whole of the diagonal's block: STRIP / K more than there is."""
 
@@ -22,20 +21,21 @@ def on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def zeros(k: int, device: torch.device) -> torch.Tensor:
+def zeros(k: int, device: torch.device, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """A symmetric matrix of zeros, column-major."""
-    return torch.zeros(k, k, dtype=torch.float64, device=device).T
+    return torch.zeros(k, k, dtype=dtype, device=device).T
 
 
 def add_gram(G_KK: torch.Tensor, part_KQ: torch.Tensor, to_lower: bool = True) -> None:
-    """G += P Pᵀ, in place, in one triangle alone on the host; P is fp64 and lies by rows or by columns."""
+    """G += P Pᵀ, in place, in one triangle alone on the host; P is of G's dtype and lies by rows or by columns."""
     if not on_host(G_KK):
         G_KK.addmm_(part_KQ, part_KQ.T)
         return
     is_by_rows = part_KQ.stride(1) == 1
     by_columns = (part_KQ.T if is_by_rows else part_KQ).numpy()
     G = G_KK.numpy()
-    scipy.linalg.blas.dsyrk(1.0, by_columns, beta=1.0, c=G, trans=is_by_rows, lower=to_lower, overwrite_c=True)
+    syrk = scipy.linalg.blas.get_blas_funcs("syrk", (G,))
+    syrk(1.0, by_columns, beta=1.0, c=G, trans=is_by_rows, lower=to_lower, overwrite_c=True)
 
 
 def strips(k: int) -> Iterator[slice]:
@@ -58,7 +58,9 @@ def times(G_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
     """G X."""
     if not on_host(G_KK):
         return G_KK.tril() @ X_KQ + G_KK.tril(-1).T @ X_KQ
-    return torch.from_numpy(scipy.linalg.blas.dsymm(1.0, G_KK.numpy(), X_KQ.numpy(), lower=True))
+    G = G_KK.numpy()
+    symm = scipy.linalg.blas.get_blas_funcs("symm", (G,))
+    return torch.from_numpy(symm(1.0, G, X_KQ.numpy(), lower=True))
 
 
 def cholesky(G_KK: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,9 @@ def cholesky(G_KK: torch.Tensor) -> torch.Tensor:
     if not on_host(G_KK):
         identity_KK = torch.eye(len(G_KK), dtype=G_KK.dtype, device=G_KK.device)
         return torch.linalg.solve_triangular(torch.linalg.cholesky(G_KK), identity_KK, upper=False)
-    factor, failed = scipy.linalg.lapack.dpotrf(G_KK.numpy(), lower=True, overwrite_a=True, clean=False)
+    G = G_KK.numpy()
+    potrf = scipy.linalg.lapack.get_lapack_funcs("potrf", (G,))
+    factor, failed = potrf(G, lower=True, overwrite_a=True, clean=False)
     if failed:
         raise np.linalg.LinAlgError(f"pivot {failed} is not positive")
     return torch.from_numpy(factor)
@@ -82,16 +86,6 @@ def solve(L_KK: torch.Tensor, X_KQ: torch.Tensor) -> torch.Tensor:
         return L_KK.T @ (L_KK @ X_KQ)
     Y_KQ = torch.linalg.solve_triangular(L_KK, X_KQ, upper=False)
     return torch.linalg.solve_triangular(L_KK.T, Y_KQ, upper=True)
-
-
-def rounded(A_KK: torch.Tensor) -> torch.Tensor:
-    """A column-major fp64 matrix in fp32, in the first half of its own memory: a solve reads half the bytes."""
-    fp64 = A_KK.T.view(-1)
-    fp32 = fp64.view(torch.float32)[: len(fp64)]
-    for start in range(0, len(fp64), _CHUNK):  # what is written has been read before
-        part = slice(start, start + _CHUNK)
-        fp32[part] = fp64[part].float()
-    return fp32.view_as(A_KK).T
 
 
 def eigenvectors(G_KK: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, float]:

@@ -37,8 +37,8 @@ def test_one_layer_on_two_ranks_is_shared_where_seven_matrices_do_not_split_even
     before, after = seconds(LAYER, alone, 2), seconds(LAYER, shared, 2)
     assert sum(after) == pytest.approx(sum(before))
     assert max(after) < 0.95 * max(before)
-    half = factor.work((14336, 4096), R)["gram"] / 2 / factor.RATES["gram"]
-    assert after[1] - before[1] == pytest.approx(half)
+    quarter = factor.work((14336, 4096), R)["gram32"] / 4 / factor.RATES["gram32"]
+    assert after[1] - before[1] == pytest.approx(quarter)
 
 
 def test_what_splits_evenly_is_not_shared() -> None:
@@ -49,19 +49,19 @@ def test_what_splits_evenly_is_not_shared() -> None:
 
 def test_a_square_weight_has_no_gram_to_share() -> None:
     assert not assign(LAYER[:1], R, FILES).helpers
-    assert assign(LAYER[1:2], R, FILES).helpers == {0: 1}
+    assert assign(LAYER[4:5], R, FILES).helpers == {0: 1}
 
 
 def test_ranks_are_numbered_by_their_load() -> None:
     for ranks in (2, 3, 5):
         machine = replace(FILES, ranks=ranks)
         loads = seconds(LAYER, assign(LAYER, R, machine, "ship"), ranks)
-        assert loads == sorted(loads, reverse=True)
+        assert loads == pytest.approx(sorted(loads, reverse=True))
         assert sum(loads) == pytest.approx(sum(factor.cost(matrix.shape, R) for matrix in LAYER))
 
 
 def test_help_has_to_save_more_time_than_it_takes_to_send() -> None:
-    assert assign(LAYER[4:5], R, replace(FILES, threads=8)).helpers
+    assert assign(LAYER[4:5], R, replace(FILES, threads=4)).helpers
     assert not assign(LAYER[4:5], R, replace(FILES, threads=64)).helpers
     assert assign([LAYER[4], *2 * LAYER[:1]], R, FILES).helpers
     assert not assign([LAYER[4], *3 * LAYER[:1]], R, FILES).helpers  # it would save less than 5 %
@@ -80,8 +80,9 @@ def test_more_ranks_than_matrices_share_them_in_pairs() -> None:
     pairs = [(assignment.owners[i], helper) for i, helper in assignment.helpers.items()]
     assert all(owner + helper == ranks - 1 and owner < helper for owner, helper in pairs)
     assert len({rank for pair in pairs for rank in pair}) == 2 * len(pairs)
-    longest = max(seconds(matrices, assignment, ranks))
-    assert longest < 0.7 * max(factor.cost(matrix.shape, R) for matrix in matrices)
+    quarter = factor.work((14336, 4096), R)["gram32"] / 4 / factor.RATES["gram32"]
+    costliest = max(factor.cost(matrix.shape, R) for matrix in matrices)
+    assert max(seconds(matrices, assignment, ranks)) == pytest.approx(costliest - quarter)
 
 
 def test_of_partitions_only_halves_of_long_weights_are_shared() -> None:
@@ -91,7 +92,7 @@ def test_of_partitions_only_halves_of_long_weights_are_shared() -> None:
     assert not assign(LAYER[-1:], R, machine).helpers
     assert not assign(LAYER[4:5], R, replace(machine, ranks=3)).helpers
     (moved,) = moved_bytes(LAYER[4:5], Assignment([0], {0: 1}), R, machine)
-    weight, triangle = 2 * 14336 * 4096, 8 * 4096 * 4097 / 2
+    weight, triangle = 2 * 14336 * 4096, 4 * 4096 * 4097 / 2
     assert weight / 2 + triangle < moved < 1.1 * weight
 
 
@@ -103,7 +104,7 @@ def test_where_all_ranks_sum_none_helps() -> None:
 
 
 def test_a_gram_that_costs_more_to_send_than_the_weight_is_not_shared() -> None:
-    square_like = [Matrix("a", (8192, 4096), is_transposed=False)]
+    square_like = [Matrix("a", (4700, 4096), is_transposed=False)]
     assert choose_route(square_like[0], R, FILES) == "ship"
     assert not assign(square_like, R, FILES).helpers
     assert assign(square_like, R, replace(FILES, itemsize=4)).helpers

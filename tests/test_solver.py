@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mica_ds import symmetric
-from mica_ds.factor import Factor, gram, halfway, halved_gram
+from mica_ds.factor import Factor, gram, owned, shared_gram
 from mica_ds.solver import Solution, minor_left_singular_vectors, solve
 
 EPS32 = 2.0**-23
@@ -150,8 +150,8 @@ SOLVES = [
     *product([(200, 96), (96, 200), (300, 300), (700, 320), (320, 700)], [None], RANKS),
     *product([(576, 576), (900, 650), (650, 900)], [None], [1, 8]),  # the last two take the Gram by choice
     *product([(576, 576)], ["lu"], [1, 8]),
-    *product([(300, 300)], ["lu", "gram"], RANKS),
-    *product([(700, 320), (320, 700)], ["gram"], RANKS),
+    *product([(300, 300)], ["lu", "gram32", "gram"], RANKS),
+    *product([(700, 320), (320, 700)], ["gram32", "gram"], RANKS),
 ]
 
 
@@ -178,8 +178,8 @@ def test_made_matrices(recipe: str, shape: tuple[int, int], factor: Factor | Non
         ("outliers", (650, 650), 8, ["lu"]),
         ("outliers", (650, 650), 64, ["eigh"]),
         ("outliers", (700, 320), 8, ["eigh"]),
-        ("outliers", (900, 650), 8, ["gram"]),
-        ("outliers", (650, 900), 8, ["gram"]),
+        ("outliers", (900, 650), 8, ["gram32"]),
+        ("outliers", (650, 900), 8, ["gram32"]),
         ("deficient by 4", (650, 650), 8, ["lu", "gram"]),
     ],
     ids=_id,
@@ -200,7 +200,7 @@ KINDS = [*SQUARE, "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down"
 for_each_real_solve = pytest.mark.parametrize(
     ("kind", "r", "factor"),
     # These are small enough to be decomposed whole; the others are what larger ones get.
-    [*product(KINDS, RANKS, [None]), *product(KINDS, [1, 8, 64], ["gram"]), *product(SQUARE, [1, 8], ["lu"])],
+    [*product(KINDS, RANKS, [None]), *product(KINDS, [1, 8, 64], ["gram32", "gram"]), *product(SQUARE, [1, 8], ["lu"])],
     ids=_id,
 )
 
@@ -241,7 +241,11 @@ def test_any_shape_and_deficiency(m: int, n: int, share: float, deficiency: int,
 
 @pytest.mark.parametrize(
     ("shape", "factor"),
-    [((300, 300), "lu"), ((700, 320), "gram"), ((320, 700), "eigh"), ((16500, 320), "gram"), ((320, 16500), "gram")],
+    [
+        ((300, 300), "lu"),
+        ((320, 700), "eigh"),
+        *product([(700, 320), (320, 700), (16500, 320), (320, 16500)], ["gram32", "gram"]),
+    ],
     ids=_id,
 )
 def test_how_a_matrix_is_stored_does_not_matter(shape: tuple[int, int], factor: Factor) -> None:
@@ -252,7 +256,9 @@ def test_how_a_matrix_is_stored_does_not_matter(shape: tuple[int, int], factor: 
     assert _sine(from_view, B.double()) <= 1e-6
 
 
-@pytest.mark.parametrize(("shape", "factor"), [((700, 700), "lu"), ((900, 700), "gram"), ((700, 900), "gram")], ids=_id)
+@pytest.mark.parametrize(
+    ("shape", "factor"), [((700, 700), "lu"), *product([(900, 700), (700, 900)], ["gram32", "gram"])], ids=_id
+)
 def test_a_tiny_gap_at_r_leaves_its_smaller_bases_right(shape: tuple[int, int], factor: Factor) -> None:
     """The last 8 of 16 columns, which a cache serves as the basis of r = 8, where the gaps are 1e-5 and 2 %."""
     k = min(shape)
@@ -268,38 +274,31 @@ def test_a_tiny_gap_at_r_leaves_its_smaller_bases_right(shape: tuple[int, int], 
 
 @pytest.mark.parametrize("shape", [(1600, 1100), (1100, 1600)], ids=_id)
 @pytest.mark.parametrize("then", [[1e-2], [1e-3], [0.8 * 0.6**i for i in range(17)]], ids=["1e-2", "1e-3", "17"])
-def test_what_fp32_would_drown_is_iterated_in_fp64(then: list[float], shape: tuple[int, int]) -> None:
+def test_what_fp32_would_drown_is_solved_in_fp64(then: list[float], shape: tuple[int, int]) -> None:
     truth = truth_of(_with_values(*shape, 10, 1, then=then).float())
-    solution = solve(truth.W_MN, 16, factor="gram")
-    assert solution.unconverged == []
+    solution = solve(truth.W_MN, 16)
+    assert [*solution.unconverged, solution.factor] == ["gram32", "gram"]
     assert_is_right(truth, 16, solution)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 4), (130, 131), (300, 1001), (650, 13001)])
 @pytest.mark.parametrize("is_tall", [False, True])
-def test_a_gram_of_two_halves_is_their_sum_to_the_bit(shape: tuple[int, int], is_tall: bool) -> None:
+def test_a_gram_of_two_parts_is_their_sum_to_the_bit(shape: tuple[int, int], is_tall: bool) -> None:
     T_KL = _gaussian(*shape).bfloat16()
     if is_tall:
         T_KL = T_KL.T.contiguous().T
-    whole_KK = halved_gram(T_KL)
-    assert torch.allclose(whole_KK.tril(), (T_KL.double() @ T_KL.double().T).tril(), rtol=0, atol=1e-9)
-    half = halfway(shape[1])
-    first, second = T_KL[:, :half], T_KL[:, half:]
+    whole_KK = shared_gram(T_KL)
+    fp64_KK = T_KL.double() @ T_KL.double().T
+    assert (whole_KK.tril() - fp64_KK.tril()).abs().max() <= 1e-5 * fp64_KK.abs().max()
+    first = owned(shape[1])
+    mine, others = T_KL[:, :first], T_KL[:, first:]
     if not is_tall:
-        second = second.contiguous()  # as a helper has it
-    first_KK, second_KK = gram(first), gram(second, to_lower=False)
-    assert torch.equal(whole_KK.tril(), (first_KK.tril() + second_KK.triu().T))
+        others = others.contiguous()  # as a helper has it
+    first_KK, last_KK = gram(mine, torch.float32), gram(others, torch.float32, to_lower=False)
+    assert torch.equal(whole_KK.tril(), (first_KK.tril() + last_KK.triu().T))
 
 
-def test_a_factor_is_rounded_in_its_own_memory() -> None:
-    A_KK = _gaussian(1200, 1200).T
-    expected = A_KK.float()
-    rounded = symmetric.rounded(A_KK)
-    assert rounded.data_ptr() == A_KK.data_ptr()
-    assert torch.equal(rounded, expected)
-
-
-@pytest.mark.parametrize("factor", ["lu", "gram", "eigh"])
+@pytest.mark.parametrize("factor", ["lu", "gram32", "gram", "eigh"])
 def test_the_same_matrix_gives_the_same_bits(factor: Factor) -> None:
     W = _gaussian(300, 300).float()
     B = solve(W, 7, factor=factor).B_MR

@@ -50,7 +50,7 @@ from common import (
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from mica_ds import comm, factor, solver
+from mica_ds import comm, factor, solver, symmetric
 
 R = 16
 LONG = 10.0  # seconds from which one run is enough
@@ -227,23 +227,20 @@ def measure_rates() -> dict[str, float]:
     """What a rank does a second of each kind of work that `factor.work` counts, while all are busy. Collective."""
     k, long = 4096, 8192
     T_KL = trained_like((k, long), seed=0)
-    G_KK = factor.gram(T_KL)
+    G_KK = factor.shared_gram(T_KL)
     L_KK = torch.from_numpy(scipy.linalg.cholesky(G_KK.numpy(), lower=True))
-    X_KQ = torch.randn(k, factor.block_width(R), dtype=torch.float64)
-    corner, wanted = G_KK[:1024, :1024].numpy().copy(), [0, X_KQ.shape[1] - 1]
+    X_KQ = torch.randn(k, factor.block_width(R))
+    small = T_KL[:1024]
+    corner, wanted = factor.gram(small).numpy(), [0, X_KQ.shape[1] - 1]
     sgetrf = functools.partial(scipy.linalg.lapack.sgetrf, overwrite_a=True)
-    dpotrf = functools.partial(scipy.linalg.lapack.dpotrf, lower=True, overwrite_a=True, clean=False)
-
-    def inverse() -> None:
-        Y_KQ = torch.linalg.solve_triangular(L_KK, X_KQ, upper=False)
-        torch.linalg.solve_triangular(L_KK.T, Y_KQ, upper=True)
-
+    spotrf = functools.partial(scipy.linalg.lapack.spotrf, lower=True, overwrite_a=True, clean=False)
     return {
         "lu": 2 / 3 * k**3 / timed(sgetrf, lambda: (T_KL[:, :k].float().numpy().T,)),
-        "gram": long * k**2 / timed(lambda: factor.halved_gram(T_KL)),
-        "cholesky": k**3 / 3 / timed(dpotrf, lambda: (G_KK.numpy().copy(order="F"),)),
+        "gram32": long * k**2 / timed(lambda: factor.shared_gram(T_KL)),
+        "cholesky32": k**3 / 3 / timed(spotrf, lambda: (G_KK.numpy().copy(order="F"),)),
+        "gram": long * len(small) ** 2 / timed(lambda: factor.gram(small)),
         "eigh": 4 / 3 * len(corner) ** 3 / timed(lambda: scipy.linalg.eigh(corner, subset_by_index=wanted)),
-        "bytes": 8 * k**2 / timed(inverse),  # half of a square, twice
+        "bytes": 4 * k**2 / timed(lambda: symmetric.solve(L_KK, X_KQ)),  # half of a square, twice
     }
 
 

@@ -162,7 +162,7 @@ def long(make_model: ModelMaker) -> Callable[[str], Path]:
     @functools.cache
     def make(architecture: str) -> Path:
         sizes = {"hidden_size": 656, "num_attention_heads": 4}
-        inner = {"n_inner": 3601, "n_layer": 1} if architecture == "gpt2" else {"intermediate_size": 3601}
+        inner = {"n_inner": 7001, "n_layer": 1} if architecture == "gpt2" else {"intermediate_size": 7001}
         return make_model(architecture, torch.bfloat16, **{"num_hidden_layers": 1, **sizes, **inner})
 
     return make
@@ -177,7 +177,7 @@ def long(make_model: ModelMaker) -> Callable[[str], Path]:
         (4, "mica_ds", "llama", ["q_proj", "up_proj", "down_proj"], 2),
     ],
 )
-def test_helpers_sum_half_of_a_gram_and_the_bits_are_the_same(
+def test_helpers_sum_a_part_of_a_gram_and_the_bits_are_the_same(
     ranks: int,
     program: str,
     architecture: str,
@@ -430,7 +430,7 @@ def test_a_damaged_cache_is_refused_by_name(damage: str, tiny_model: Callable[[s
 
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
 def test_nan_in_a_file_is_named_on_all_ranks(name: str, long: Callable[[str], Path], tmp_path: Path) -> None:
-    """The latter is a matrix of which a helper sums half of the Gram, where the NaN lies."""
+    """The latter is a matrix of which a helper sums a part of the Gram, where the NaN lies."""
     (tmp_path / "config.json").write_bytes((long("llama") / "config.json").read_bytes())
     weights = load_file(long("llama") / "model.safetensors")
     weights[f"model.layers.0.{name}.weight"][-1, -1] = torch.nan
