@@ -144,7 +144,7 @@ def _solve(
             source, [i for i in missing if routes[i] == "gram"], wanted, folder, progress
         )
         shipped = [i for i in missing if routes[i] == "ship" or i in failed]
-        may_share = asked if settings.factor == "auto" else "ship"
+        may_share = schedule.may_share(settings, wanted.subspace)
         assignment = schedule.assign([source.matrices[i] for i in shipped], wanted.r, machine, may_share)
         fingerprints |= _solve_shipped(source, shipped, assignment, wanted, settings, folder, progress)
     return fingerprints

@@ -29,7 +29,7 @@ class Costs:
     basis_moved: int
     """Bytes that all ranks receive for the bases, where the weights lie in partitions."""
     basis_seconds: float
-    """For all bases, each rank a core of an Intel Xeon with AVX-512; without communication."""
+    """For all bases, each rank a core of an AMD EPYC with AVX2; without communication."""
     checkpoint: int
     """Bytes of a checkpoint."""
     folder: int
@@ -50,7 +50,8 @@ def count_costs(config: Config, plan: Plan) -> Costs:
         bases = sum(4 * r * matrix.shape[0] for matrix in matrices)
         machine = basis_machine(config, plan.cluster, itemsize)
         asked = schedule.allowed_exchange(config.basis, config.adapter.subspace)
-        assignment = schedule.assign(matrices, r, machine, asked)
+        may_share = schedule.may_share(config.basis, config.adapter.subspace)
+        assignment = schedule.assign(matrices, r, machine, may_share)
         moved = sum(schedule.moved_bytes(matrices, assignment, r, machine, asked))
         works = schedule.rank_work(matrices, assignment, r, ranks)
         seconds = max(factor.seconds(work, factor.RATES) for work in works)

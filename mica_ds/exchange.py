@@ -18,7 +18,7 @@ from mica_ds.schedule import TILE, Assignment
 from mica_ds.shards import Shard, whole_at
 
 _PART = 1024  # stored rows of a quarter that are sent at a time: a wide one is copied for that
-_HELP = 1 << 30  # the tag of what owners and helpers exchange, apart from those of slices: the matrices' indices
+_TAG = 1 << 30  # the tag of what owners and helpers exchange, apart from those of slices: the matrices' indices
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def ship(shards: list[Shard], assignment: Assignment) -> Iterator[tuple[int, Cal
             sends += _send(shard, shard.read(), whole_at(owner, shard.matrix), tag=i)
     for i, helper in assignment.helpers.items():
         if helper == rank:
-            _help(shards[i], assignment.owners[i])
+            sends += _help(shards[i], assignment.owners[i])
     owned = [i for i, owner in enumerate(assignment.owners) if owner == rank]
     for i in sorted(owned, key=lambda i: i not in assignment.helpers):
         yield i, functools.partial(_receive_whole, shards[i], assignment.helpers.get(i), tag=i)
@@ -66,38 +66,38 @@ def _receive_whole(shard: Shard, helper: int | None, tag: int) -> Received:
 
 def _share_gram(shard: Shard, stored: torch.Tensor, helper: int) -> torch.Tensor:
     is_long = len(stored) > stored.shape[1]
-    first = factor.owned(max(stored.shape))
+    first = factor.first_columns(max(stored.shape))
     if not _holds_slice(shard, helper):
         for part in (stored[first:] if is_long else stored[:, first:]).split(_PART):
-            comm.wait([comm.send(part.contiguous(), helper, _HELP)])
+            comm.wait([comm.send(part.contiguous(), helper, _TAG)])
     G_KK = factor.gram(stored[:first].T if is_long else stored[:, :first], torch.float32)
     for rows in symmetric.strips(len(G_KK)):
         strip = torch.empty(rows.stop - rows.start, rows.stop)
-        comm.wait([comm.receive(strip, helper, _HELP)])
+        comm.wait([comm.receive(strip, helper, _TAG)])
         symmetric.add_strip(G_KK, rows, strip)
     diagonal = torch.empty(len(G_KK))
-    comm.wait([comm.receive(diagonal, helper, _HELP)])
+    comm.wait([comm.receive(diagonal, helper, _TAG)])
     G_KK.diagonal().add_(diagonal)
     return G_KK
 
 
-def _help(shard: Shard, owner: int) -> None:
-    """The other side of `_share_gram`."""
+def _help(shard: Shard, owner: int) -> list[comm.Work]:
+    """The other side of `_share_gram`, which takes longer: its strips, 2 K² bytes, wait for the owner to take them."""
     G_KK = factor.gram(_last_quarter(shard, owner), torch.float32, to_lower=False)
-    for rows in symmetric.strips(len(G_KK)):
-        comm.wait([comm.send(symmetric.read_strip(G_KK, rows).contiguous(), owner, _HELP)])
-    comm.wait([comm.send(G_KK.diagonal().contiguous(), owner, _HELP)])
+    copied = functools.partial(torch.clone, memory_format=torch.contiguous_format)  # so that the Gram is let go
+    strips = [copied(symmetric.read_strip(G_KK, rows)) for rows in symmetric.strips(len(G_KK))]
+    return [comm.send(strip, owner, _TAG) for strip in [*strips, G_KK.diagonal().clone()]]
 
 
 def _last_quarter(shard: Shard, owner: int) -> torch.Tensor:
     """The columns of T of which this rank sums the Gram."""
     rows, columns = shard.matrix.stored_shape
-    first, rank, values = factor.owned(max(rows, columns)), comm.rank(), shard.read()
+    first, rank, values = factor.first_columns(max(rows, columns)), comm.rank(), shard.read()
     if _holds_slice(shard, rank):  # of two, and the long side is cut: it holds the second half
         return values[first * columns - shard.bounds[rank] :].view(-1, columns).T
     last = torch.empty((rows - first, columns) if rows > columns else (rows, columns - first), dtype=values.dtype)
     for part in last.split(_PART):
-        comm.wait([comm.receive(part, owner, _HELP)])
+        comm.wait([comm.receive(part, owner, _TAG)])
     return last.T if rows > columns else last
 
 

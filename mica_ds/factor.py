@@ -24,10 +24,11 @@ Operator = Callable[[torch.Tensor], torch.Tensor]
 
 EPS32 = torch.finfo(torch.float32).eps
 EPS64 = torch.finfo(torch.float64).eps
+_MOST_STEPS = 64  # of block Krylov on an fp32 Gram, where corrections follow
 _DROWNED = 0.1  # the share of a Gram's least eigenvalue from which fp32's rounding is too much
-HELP = 1 / 4
-"""The share of a Gram that a second rank may sum: a larger one balances the ranks worse where they own few matrices."""
-_CHUNK = 1 << 19  # entries that are cast to fp64 at a time, to stay in the cache; for a Gram more
+SHARED = 1 / 4
+"""The part of a Gram that a second rank may sum: a larger one balances the ranks worse where they own few matrices."""
+_CHUNK = 1 << 19  # entries that are cast at a time, to stay in the cache; for a Gram more
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
 
 # Operations (bytes) a second of one core of an AMD EPYC with AVX2, and how often a solve reads its factor or as much:
 # measured, see tests/benchmarks.
-RATES = {"lu": 80e9, "gram32": 85e9, "cholesky32": 93e9, "gram": 41e9, "eigh": 20e9, "bytes": 2.6e9}
+RATES = {"lu": 87e9, "gram32": 99e9, "cholesky32": 101e9, "gram": 43e9, "eigh": 20e9, "bytes": 3.3e9}
 _PASSES = {"lu": 40, "gram32": 60}
 
 
@@ -120,15 +121,18 @@ def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
     On the host it is done in the Gram's own memory. `r` is at most K / 32. `tolerance` is of the start's residuals,
     relative to their eigenvalues: where corrections through T follow, a rough one is enough.
 
-    Raises: LinAlgError where fp32's range or rounding loses the minor end.
+    Raises: LinAlgError where a pivot is not positive, or fp32's range or rounding loses the minor end.
     """
     k, width = len(G_KK), block_width(r)
-    if G_KK.dtype == torch.float32 and not 1e-20 < G_KK.diagonal().max() < 1e20:
+    if G_KK.dtype == torch.float32 and not 1e-20 < G_KK.diagonal().max() < 1e20:  # fp32 ends at 1e-38 and 3e38
         raise np.linalg.LinAlgError("squares of such values leave the range of fp32")
     largest = _largest_of_gram(G_KK)
     inverse = functools.partial(symmetric.solve, _cholesky(G_KK, largest))
     start_KQ = random_normal(k, width, seed=0).to(G_KK)
-    values, start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, max(1, k // 2 // width), first_check=8)
+    steps = max(1, k // 2 // width)
+    if G_KK.dtype == torch.float32:
+        steps = min(steps, _MOST_STEPS)
+    values, start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, steps, first_check=8)
     if G_KK.dtype == torch.float64:
         return _factored(largest, inverse, start_KQ, "gram")
     if not EPS32 * largest * float(values[-1]) <= _DROWNED:
@@ -152,9 +156,9 @@ def _add_gram(G_KK: torch.Tensor, T_KL: torch.Tensor, to_lower: bool) -> torch.T
     return G_KK
 
 
-def owned(long: int) -> int:
-    """The first columns of T, of which its owner sums the Gram; `HELP` is the share of the others. Local."""
-    return long - int(HELP * long)
+def first_columns(long: int) -> int:
+    """How many columns of T its owner sums the Gram of; `SHARED` are the others. Local."""
+    return long - int(SHARED * long)
 
 
 def shared_gram(T_KL: torch.Tensor) -> torch.Tensor:
@@ -163,7 +167,7 @@ def shared_gram(T_KL: torch.Tensor) -> torch.Tensor:
     Two ranks may sum one each, and get the same bits (`exchange`). The last quarter's takes the place of the upper
     triangle, and is left there. On the host.
     """
-    first = owned(T_KL.shape[1])
+    first = first_columns(T_KL.shape[1])
     G_KK = gram(T_KL[:, :first], torch.float32)
     diagonal = G_KK.diagonal().clone()
     G_KK.diagonal().zero_()
@@ -187,7 +191,7 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
     """X → (T Tᵀ)⁻¹ X in fp32; T is factored in its own memory. LAPACK works on columns, so it sees the transpose."""
     LU_KK, pivots = (torch.from_numpy(a) for a in scipy.linalg.lapack.sgetrf(T_KK.numpy().T, overwrite_a=True)[:2])
     diagonal = LU_KK.diagonal().abs()
-    if diagonal.min() <= torch.finfo(torch.float32).eps ** 0.5 * diagonal.max():
+    if diagonal.min() <= EPS32**0.5 * diagonal.max():
         raise np.linalg.LinAlgError("a pivot vanishes: one direction would drown the others in fp32's rounding")
     pivots += 1  # torch counts from 1
 
@@ -241,7 +245,7 @@ def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
 
 
 def _largest_of_gram(G_KK: torch.Tensor) -> float:
-    # MKL takes twice as long on AMD for columns that are no multiple of 12 (fp64; in fp32 of 16, measured).
+    # MKL takes twice as long on AMD for columns that are no multiple of 12 (fp64, measured).
     return _largest(functools.partial(symmetric.times, G_KK), random_normal(len(G_KK), 12, seed=0).to(G_KK))
 
 

@@ -190,7 +190,7 @@ def solve_bytes(matrix: Matrix, r: int, itemsize: int, is_whole: bool) -> int:
     """What an owner holds on its host to solve a matrix: W, what is factored, the blocks of the iteration. Local."""
     k, long = min(matrix.shape), max(matrix.shape)
     kind = factor.choose_factor(matrix.shape, r) if is_whole else "gram"
-    factored = (4 if kind == "lu" else 8) * k * k
+    factored = (4 if kind == "lu" else 8) * k * k  # of an fp32 Gram as of the fp64 one that may take over
     blocks = 8 * factor.block_width(r) * (2 * long + 16 * k)
     return (itemsize * k * long if is_whole else 0) + factored + blocks + _FP64_BUFFER
 

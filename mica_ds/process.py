@@ -1,5 +1,6 @@
 """What a process has to know of its machine before it meets others: its rank, compiler, GPUs, cores and memory."""
 
+import errno
 import math
 import os
 import secrets
@@ -55,8 +56,12 @@ def free_port() -> int:
     """
     while True:
         port = 10000 + secrets.randbelow(20000)
-        with suppress(OSError), socket.create_server(("", port)):
-            return port
+        try:
+            with socket.create_server(("", port)):
+                return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
 
 
 def why_apart(error: Exception) -> str:

@@ -76,6 +76,11 @@ def allowed_exchange(settings: BasisSettings, subspace: str) -> str:
     return settings.exchange if may_sum else "ship"
 
 
+def may_share(settings: BasisSettings, subspace: str) -> bool:
+    """Whether a rank may sum a part of another's Gram: where the engine chooses exchange and factor. Local."""
+    return settings.factor == "auto" and allowed_exchange(settings, subspace) == "auto"
+
+
 def choose_route(matrix: Matrix, r: int, machine: Machine, asked: str = "auto") -> str:
     """`ship` or `gram` for one matrix: what was asked, or the cheaper in bytes received of those that fit. Local.
 
@@ -133,7 +138,7 @@ def gram_bytes(matrix: Matrix, r: int, machine: Machine) -> int:
 
 def shared_bytes(matrix: Matrix, machine: Machine) -> int:
     """Bytes received for a matrix with a helper: a Gram's triangle, and what one of the two lacks of W. Local."""
-    k, lacks = min(matrix.shape), 1 / 2 if machine.is_sliced else factor.HELP
+    k, lacks = min(matrix.shape), 1 / 2 if machine.is_sliced else factor.SHARED
     triangle = k * (k + symmetric.STRIP) // 2 + k  # strips, and the diagonal
     return int(machine.itemsize * math.prod(matrix.shape) * lacks) + 4 * triangle
 
@@ -168,7 +173,7 @@ def assign_owners(matrices: list[Matrix], r: int, ranks: int) -> list[int]:
     return [places.index(owner) for owner in owners]
 
 
-def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto") -> Assignment:
+def assign(matrices: list[Matrix], r: int, machine: Machine, may_share: bool = True) -> Assignment:
     """Owners for all matrices, and helpers for some where that saves 5 % of the time at least. Local.
 
     The busiest rank is helped by the least busy one, the second by the last but one, and so on, as long as the longest
@@ -178,14 +183,14 @@ def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto"
     alone = Assignment(owners, {})
     load = [factor.seconds(work, factor.RATES) for work in rank_work(matrices, alone, r, machine.ranks)]
     longest = max(load)
-    shareable = [i for i, matrix in enumerate(matrices) if _may_share(matrix, r, machine, asked)]
+    shareable = [i for i, matrix in enumerate(matrices) if may_share and _is_shareable(matrix, r, machine)]
     for owner in range(machine.ranks // 2):
         helper = machine.ranks - 1 - owner
         mine = [i for i in shareable if owners[i] == owner]
         if not mine or load[owner] <= max(load[:owner], default=0.0):
             break  # what is longest stays so
         costliest = max(mine, key=lambda i: factor.cost(matrices[i].shape, r))
-        saved = factor.HELP * factor.work(matrices[costliest].shape, r)["gram32"] / factor.RATES["gram32"]
+        saved = factor.SHARED * factor.work(matrices[costliest].shape, r)["gram32"] / factor.RATES["gram32"]
         # Loads are seconds of one core: more threads shorten the work, but not what is sent.
         more = shared_bytes(matrices[costliest], machine) - shipped_bytes(matrices[costliest], machine)
         sending = machine.threads * more / _BANDWIDTH
@@ -197,10 +202,10 @@ def assign(matrices: list[Matrix], r: int, machine: Machine, asked: str = "auto"
     return Assignment(owners, helpers) if max(load) <= 0.95 * longest else alone
 
 
-def _may_share(matrix: Matrix, r: int, machine: Machine, asked: str) -> bool:
+def _is_shareable(matrix: Matrix, r: int, machine: Machine) -> bool:
     """Whether an owner may have help: for a Gram of W on the host, where that moves little more than W."""
     rows, columns = matrix.stored_shape
-    if asked != "auto" or not machine.is_on_host or choose_route(matrix, r, machine) == "gram":
+    if not machine.is_on_host or choose_route(matrix, r, machine) == "gram":
         return False
     is_held = not machine.is_sliced or (machine.ranks == 2 and rows > columns)
     is_cheap = shared_bytes(matrix, machine) <= 1.1 * machine.itemsize * rows * columns
@@ -212,7 +217,7 @@ def rank_work(matrices: list[Matrix], assignment: Assignment, r: int, ranks: int
     totals: list[dict[str, float]] = [defaultdict(float) for _ in range(ranks)]
     for i, (matrix, owner) in enumerate(zip(matrices, assignment.owners, strict=True)):
         for kind, amount in factor.work(matrix.shape, r).items():
-            share = factor.HELP * amount if kind == "gram32" and i in assignment.helpers else 0.0
+            share = factor.SHARED * amount if kind == "gram32" and i in assignment.helpers else 0.0
             totals[owner][kind] += amount - share
             totals[assignment.helpers.get(i, owner)][kind] += share
     return totals

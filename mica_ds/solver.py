@@ -2,8 +2,8 @@
 
 What the inverse iteration on a factor of W finds is judged and refined through W itself in fp64: Rayleigh-Ritz, and
 corrections from the residual (Davidson's method), until the residual meets the tolerance. So the factor may be rough:
-square weights are factored in fp32. Where the tolerance is not met the fp64 Gram takes over, and a full
-eigendecomposition at last.
+square weights, and the Grams of others, are factored in fp32. Where the tolerance is not met the fp64 Gram takes over,
+and a full eigendecomposition at last.
 
 Shapes: M rows (out features), N columns (in features), K = min(M, N), L = max(M, N), R the adapter's rank, Q columns
 of one block or several. T (K, L) is W or its transpose, whichever is wide: the work is done on W's short side.
@@ -16,6 +16,7 @@ import torch
 
 from mica_ds import symmetric
 from mica_ds.factor import (
+    EPS32,
     EPS64,
     Factor,
     Factored,
@@ -60,8 +61,8 @@ class Solution:
     residual: float
     """‖W Wᵀ U − U Σ²‖ / σ_max² of the minor vectors U in fp64 (Frobenius norm; on the short side of W)."""
     factor: Factor
-    """What was factored: W itself (`lu`, fp32), its Gram (`gram`, Cholesky in fp64), or `eigh`, a full solve of
-    the Gram's eigenproblem."""
+    """What was factored: W itself (`lu`, fp32), its Gram by Cholesky (`gram32` in fp32, `gram` in fp64), or `eigh`, a
+    full solve of the Gram's eigenproblem."""
     unconverged: list[Factor]
     """Factors that were tried before and did not reach the tolerance: with any of them, the solve cost more."""
 
@@ -110,7 +111,8 @@ def solve(
     """Find the basis of rank `r` in the named subspace (minor, principal or random) and the minor end of the spectrum.
 
     See `minor_left_singular_vectors` for the rest. `seed` draws the random subspace; `factor` replaces the choice of
-    `choose_factor` where it can: small sides are always solved whole, and only a square matrix on the host has an LU.
+    `choose_factor` where it can: small sides are always solved whole, and only on the host is there an LU, of a square
+    matrix, or an fp32 Gram.
     `gram_KK` is what `factor.shared_gram` makes of T, where that is known; it is overwritten.
     """
     W_MN = W_MN.detach()
@@ -128,16 +130,12 @@ def solve(
         first = factor
     unconverged: list[Factor] = []
     for attempt in [first, *_AFTER[first]]:
-        try:
-            factored = factorise(T_KL if attempt in ("lu", "gram32") else T64_KL, r, attempt, gram_KK)
-            minor, is_converged = _refine(T64_KL, factored, r, is_left=m <= n)
-        except symmetric.FAILURES:
-            if attempt == "eigh":
-                raise
-            is_converged = False
-        if is_converged:
+        found = _attempt(T_KL if attempt in ("lu", "gram32") else T64_KL, T64_KL, r, attempt, gram_KK, is_left=m <= n)
+        if found:
             break
         unconverged.append(attempt)
+    assert found  # the last one does not fail
+    factored, minor = found
     if subspace == "principal":
         U_MR = _principal(T64_KL, r, is_wide=m <= n)
     elif subspace == "random":
@@ -160,6 +158,20 @@ def finish(factored: Factored, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, r: int, i
         return None
     U_MR = minor.X_KQ[:, -r:] if is_left else torch.linalg.qr(minor.Y_LQ[:, -r:] / minor.sigma[-r:]).Q
     return _solution(U_MR, minor, factored, r, unconverged=[])
+
+
+def _attempt(
+    T_KL: torch.Tensor, T64_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor | None, is_left: bool
+) -> tuple[Factored, _Ritz] | None:
+    """The minor end by one factor, or None where that did not reach the tolerance; nothing of it is held then."""
+    try:
+        factored = factorise(T_KL, r, factor, gram_KK)
+        minor, is_converged = _refine(T64_KL, factored, r, is_left)
+    except symmetric.FAILURES:
+        if factor == "eigh":
+            raise
+        return None
+    return (factored, minor) if is_converged else None
 
 
 def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, rounds: int = 8) -> tuple[_Ritz, bool]:
@@ -218,7 +230,7 @@ def _correction(ritz: _Ritz, factored: Factored) -> torch.Tensor:
         D_KQ += step * direction_KQ
         left_KQ = left_KQ - step * image_KQ
         before, energy = energy, left_KQ.square().sum(dim=0)
-        if (energy <= _REDUCTION * first).all():
+        if ((energy <= _REDUCTION * first) | (curvature <= 0)).all():
             break
         direction_KQ = left_KQ + energy / before.clamp(min=1e-300) * direction_KQ
     return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
@@ -243,7 +255,7 @@ def _is_converged(ritz: _Ritz, D_KQ: torch.Tensor, factored: Factored, r: int, i
         error = torch.maximum(error, excess / sigma**2)
         excess = residual_KR.square().sum(dim=0) / sigma**2
     share = float((error / bounds**2).sum().sqrt())
-    allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * torch.finfo(torch.float32).eps * factored.sigma_max) ** 2
+    allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * EPS32 * factored.sigma_max) ** 2
     if share > 1 or float(excess.sum()) > allowed:
         return False  # before the two solves of the estimate
     E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
@@ -275,6 +287,7 @@ def _long_side(T_KL: torch.Tensor, minor: _Ritz, r: int, factored: Factored) -> 
     """The vectors y / σ of a tall W, orthonormal. Where σ vanishes, y is noise: range(W) is completed instead."""
     sigma = minor.sigma[-r:]
     lost = int((sigma <= _NEGLIGIBLE * factored.sigma_max).sum())
+    assert not lost or factored.factor in ("gram", "eigh")  # a deficient T drowns in fp32
     Y_LR = minor.Y_LQ[:, -r:][:, : r - lost] / sigma[: r - lost]
     if lost:
         filling = random_normal(len(Y_LR), lost, seed=0).to(Y_LR.device)

@@ -10,6 +10,8 @@ import torch
 from mica_ds import comm, process
 from mica_ds.errors import UserError
 
+from .conftest import free_ports
+
 
 @pytest.mark.parametrize(
     ("variables", "said"),
@@ -37,7 +39,7 @@ def test_a_free_port_is_below_those_that_linux_hands_out() -> None:
 
 
 def test_a_port_that_is_listened_on_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, free = process.free_port(), process.free_port()
+    taken, free = free_ports(2)
     drawn = [taken - 10000, free - 10000]
     monkeypatch.setattr(process.secrets, "randbelow", lambda _: drawn.pop(0))
     with socket.create_server(("127.0.0.1", taken)):

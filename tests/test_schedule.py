@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from mica_ds import factor
-from mica_ds.schedule import Assignment, Machine, assign, choose_route, moved_bytes, rank_work
+from mica_ds.config import BasisSettings
+from mica_ds.schedule import Assignment, Machine, assign, choose_route, may_share, moved_bytes, rank_work
 from mica_ds.shards import Matrix
 
 R = 16
@@ -29,7 +30,7 @@ def seconds(matrices: list[Matrix], assignment: Assignment, ranks: int) -> list[
 
 
 def test_one_layer_on_two_ranks_is_shared_where_seven_matrices_do_not_split_evenly() -> None:
-    alone, shared = assign(LAYER, R, FILES, "ship"), assign(LAYER, R, FILES)
+    alone, shared = assign(LAYER, R, FILES, may_share=False), assign(LAYER, R, FILES)
     assert alone.owners == shared.owners
     assert not alone.helpers
     assert list(shared.helpers.values()) == [1]
@@ -55,7 +56,7 @@ def test_a_square_weight_has_no_gram_to_share() -> None:
 def test_ranks_are_numbered_by_their_load() -> None:
     for ranks in (2, 3, 5):
         machine = replace(FILES, ranks=ranks)
-        loads = seconds(LAYER, assign(LAYER, R, machine, "ship"), ranks)
+        loads = seconds(LAYER, assign(LAYER, R, machine, may_share=False), ranks)
         assert loads == pytest.approx(sorted(loads, reverse=True))
         assert sum(loads) == pytest.approx(sum(factor.cost(matrix.shape, R) for matrix in LAYER))
 
@@ -85,10 +86,10 @@ def test_more_ranks_than_matrices_share_them_in_pairs() -> None:
     assert max(seconds(matrices, assignment, ranks)) == pytest.approx(costliest - quarter)
 
 
-def test_of_partitions_only_halves_of_long_weights_are_shared() -> None:
+def test_of_partitions_only_long_weights_are_shared() -> None:
     machine = replace(FILES, is_sliced=True)
     (i,) = assign(LAYER, R, machine).helpers
-    assert LAYER[i].name in ("gate", "up")  # a slice of the wide one has no half of its columns
+    assert LAYER[i].name in ("gate", "up")  # a slice of the wide one has no columns of its own
     assert not assign(LAYER[-1:], R, machine).helpers
     assert not assign(LAYER[4:5], R, replace(machine, ranks=3)).helpers
     (moved,) = moved_bytes(LAYER[4:5], Assignment([0], {0: 1}), R, machine)
@@ -100,7 +101,10 @@ def test_where_all_ranks_sum_none_helps() -> None:
     machine = replace(FILES, is_sliced=True, memory=1 << 27)
     assert choose_route(LAYER[4], R, machine) == "gram"
     assert not assign(LAYER[4:5], R, machine).helpers
-    assert not assign(LAYER, R, replace(machine, memory=1 << 40), "gram").helpers
+    assert may_share(BasisSettings(), "minor")
+    assert not may_share(BasisSettings(exchange="gram"), "minor")
+    assert not may_share(BasisSettings(factor="gram"), "minor")
+    assert not may_share(BasisSettings(), "principal")
 
 
 def test_a_gram_that_costs_more_to_send_than_the_weight_is_not_shared() -> None:
