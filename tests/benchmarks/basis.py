@@ -147,8 +147,10 @@ def time_floors(W_MN: torch.Tensor) -> dict[str, float]:
         G = scipy.linalg.blas.dsyrk(1.0, T64_LK, c=G_KK, trans=True, lower=True, overwrite_c=True)
         scipy.linalg.lapack.dpotrf(G, lower=True, overwrite_a=True, clean=False)
 
+    T32_LK = T_KL.contiguous().numpy().T
+
     def gram_cholesky32() -> None:
-        G = scipy.linalg.blas.ssyrk(1.0, T_KL.contiguous().numpy().T, trans=True, lower=True)
+        G = scipy.linalg.blas.ssyrk(1.0, T32_LK, trans=True, lower=True)
         scipy.linalg.lapack.spotrf(G, lower=True, overwrite_a=True, clean=False)
 
     floors = {"qr": timed(lambda: torch.linalg.qr(T_KL.T, mode="r")), "dsyrk and dpotrf": timed(gram_cholesky)}
@@ -306,7 +308,7 @@ def one_matrix(shape: Shape, at_least: float, folder: Path) -> tuple[list[Row], 
 
 def rows_of_matrix(shape: Shape, layout: str, found: Found, at_least: float) -> list[Row]:
     work = f"{shape[0]} x {shape[1]}"
-    floors = found["floors"]
+    floors = dict(found["floors"])
     rough = floors.pop("ssyrk and spotrf", None)  # no factor to be right by itself: it squares the condition number
     floor, seconds = min(floors.items(), key=lambda item: item[1])
     rows = [
