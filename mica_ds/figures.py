@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 
 # The colours drawn, and those that a page sets. Text has none of its own: the SVG's root gives it the page's.
 _PAGE_COLOURS = {
@@ -20,6 +20,7 @@ _PAGE_COLOURS = {
     "#2ca02c": "var(--third)",
 }
 _PANEL = (5.0, 3.0)  # inches: 360 units wide, so that text of 10 is as large on a phone
+_SPECTRUM = (5.0, 3.6)
 
 
 def plot_loss(steps: list[int], losses: list[float], file: Path) -> None:
@@ -58,23 +59,12 @@ def plot_spectrum(manifest: dict[str, Any], file: Path) -> None:
     kinds = _by_kind(manifest)
     columns = min(4, len(kinds))
     rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.6, 4.0 * rows), layout="constrained")
-    grid = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
-    for place in range(rows * columns):
-        above, below = (grid[2 * (place // columns) + part][place % columns] for part in (0, 1))
-        if place >= len(kinds):
-            above.set_visible(False)
-            below.set_visible(False)
-            continue
-        kind, records = list(kinds.items())[place]
-        _draw_spectrum(above, below, records)
-        above.set_title(kind, fontsize=9)
-        if place % columns == 0:
-            above.set_ylabel("singular value", fontsize=9)
-            below.set_ylabel("gap at r, %", fontsize=9)
-    grid[0][0].legend(fontsize=8)
-    figure.supxlabel("layer", fontsize=9)
-    figure.savefig(file, dpi=150)
+    width, height = _SPECTRUM
+    figure = Figure(figsize=(width * columns, height * rows))
+    for part, (kind, records) in zip(figure.subfigures(rows, columns, squeeze=False).flat, kinds.items(), strict=False):
+        _draw_spectrum(part, records, top=0.92).set_title(kind)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
 
 
 def loss_panel(steps: list[int], losses: list[float]) -> str:
@@ -108,12 +98,8 @@ def spectrum_panels(manifest: dict[str, Any]) -> dict[str, str]:
     """The plots of `plot_spectrum`, each kind of target as an SVG of its own for a page, by the kind with its shape."""
     panels = {}
     for kind, records in _by_kind(manifest).items():
-        figure = Figure(figsize=(_PANEL[0], 3.6), layout="constrained")
-        above, below = figure.subplots(2, 1, height_ratios=[3, 1])
-        _draw_spectrum(above, below, records)
-        above.set_ylabel("singular value")
-        below.set(xlabel="layer", ylabel="gap, %")
-        figure.align_ylabels()
+        figure = Figure(figsize=_SPECTRUM)
+        _draw_spectrum(figure, records, top=0.98)
         panels[kind] = _to_svg(figure, f"Line chart: largest and minor singular values of {kind} over the layers")
     return panels
 
@@ -125,19 +111,31 @@ def _draw_loss(axes: Axes, steps: list[int], losses: list[float]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_spectrum(above: Axes, below: Axes, records: list[dict[str, Any]]) -> None:
+def _draw_spectrum(figure: FigureBase, records: list[dict[str, Any]], top: float) -> Axes:
+    """The spectrum of one kind of target over depth, and the upper one of its two axes, up to `top` of the height."""
+    # Fixed, since to find where all fits takes longer than to draw it.
+    place = {"left": 0.17, "right": 0.97, "bottom": 0.14, "top": top, "hspace": 0.08}
+    above, below = figure.subplots(2, 1, height_ratios=[3, 1], gridspec_kw=place)
     depth = range(len(records))
     band = [record["sigma_minor"] for record in records]
-    above.semilogy(depth, [record["sigma_max"] for record in records], color="tab:blue", label="σ max")
+    marker = "." if len(records) == 1 else None
+    above.semilogy(depth, [record["sigma_max"] for record in records], color="tab:blue", marker=marker, label="σ max")
     above.fill_between(depth, [b[-1] for b in band], [b[0] for b in band], color="tab:orange", alpha=0.5)
-    above.semilogy(depth, [b[0] for b in band], color="tab:orange", label=f"minor band, r = {records[0]['r']}")
+    label = f"minor band, r = {records[0]['r']}"
+    above.semilogy(depth, [b[0] for b in band], color="tab:orange", marker=marker, label=label)
     above.tick_params(labelbottom=False)
+    above.set_ylabel("singular value")
     gaps = [record["relative_gap"] if record["relative_gap"] is not None else float("nan") for record in records]
     below.plot(depth, [100 * gap for gap in gaps], color="tab:green", marker=".", markersize=3)
     below.set_ylim(bottom=0)
+    below.set(xlabel="layer", ylabel="gap, %")
     for axes in (above, below):
-        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(-0.5, len(records) - 0.5)
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_label_coords(-0.17, 0.5)
+    return above
 
 
 def _by_kind(manifest: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
