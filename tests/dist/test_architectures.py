@@ -18,7 +18,14 @@ from .test_basis import assert_bases_match
 
 pytestmark = pytest.mark.dist
 
-METHODS = ["adapter.subspace=principal", "adapter.subspace=random", "adapter.method=lora", "adapter.method=full"]
+METHODS = [
+    pytest.param("adapter.subspace=principal", marks=pytest.mark.slow),
+    "adapter.subspace=random",
+    "adapter.method=lora",
+    "adapter.method=full",
+]
+# Gemma 2 has all that Gemma has.
+QUICK = [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma" else []) for name in TINY]
 
 
 def assert_chain(config: Path, run: Path, *overrides: str) -> None:
@@ -33,7 +40,7 @@ def assert_chain(config: Path, run: Path, *overrides: str) -> None:
     assert summary["retention_after"] < summary["retention_before"]  # it is scored on the corpus itself here
 
 
-@pytest.mark.parametrize("architecture", TINY)
+@pytest.mark.parametrize("architecture", QUICK)
 def test_architecture(
     architecture: str, tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -95,7 +102,7 @@ def test_the_other_verbs_after_training(tiny_config: Callable[..., Path], tmp_pa
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3-multinode"])
+@pytest.mark.parametrize("name", [pytest.param("zero3", marks=pytest.mark.slow), "zero3-multinode"])
 def test_the_other_deepspeed_jsons(name: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     settings = json.loads((ROOT / "configs" / "deepspeed" / f"{name}.json").read_text())
     if "zero_hpz_partition_size" in settings["zero_optimization"]:
