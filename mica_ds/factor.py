@@ -41,6 +41,9 @@ class Factored:
     start_KQ: torch.Tensor
     """Orthonormal columns, fp64, whose span holds the minor end."""
     factor: Factor
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Rough eigenvectors next to the start's (K, Q), and their eigenvalues of `inverse`, fp64; of `gram32`, where
+    corrections converge sooner with them."""
 
 
 def choose_factor(shape: tuple[int, int], r: int, on_host: bool = True) -> Factor:
@@ -88,7 +91,7 @@ def work(shape: tuple[int, int], r: int) -> dict[str, float]:
 # Operations (bytes) a second of one core of an AMD EPYC with AVX2, and how often a solve reads its factor or as much:
 # measured, see tests/benchmarks.
 RATES = {"lu": 87e9, "gram32": 99e9, "cholesky32": 101e9, "gram": 43e9, "eigh": 20e9, "bytes": 3.3e9}
-_PASSES = {"lu": 40, "gram32": 60}
+_PASSES = {"lu": 40, "gram32": 54}
 
 
 def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor | None = None) -> Factored:
@@ -104,10 +107,10 @@ def factorise(T_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor 
         # fp32 noise stops it soon; corrections through T do the rest
         width = block_width(r)
         steps = min(8, k // 2 // width)
-        start_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
-        return _factored(largest, inverse, start_KQ, factor)
+        found_KQ = _krylov(inverse, random_normal(k, width, seed=0).float(), r + 1, 1e-3, steps, first_check=5)[1]
+        return _factored(largest, inverse, found_KQ[:, -width:], factor)
     if factor == "gram32":
-        return factor_gram(shared_gram(T_KL) if gram_KK is None else gram_KK, r, tolerance=1e-4)
+        return factor_gram(shared_gram(T_KL) if gram_KK is None else gram_KK, r, tolerance=1e-3)
     if factor == "gram":
         return factor_gram(gram(T_KL), r, tolerance=1e-6)
     minor, largest = symmetric.eigenvectors(gram(T_KL), 0, min(block_width(r), k) - 1)
@@ -132,17 +135,25 @@ def factor_gram(G_KK: torch.Tensor, r: int, tolerance: float) -> Factored:
     steps = max(1, k // 2 // width)
     if G_KK.dtype == torch.float32:
         steps = min(steps, _MOST_STEPS)
-    values, start_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, steps, first_check=8)
+    values, found_KQ = _krylov(inverse, start_KQ, r + 1, tolerance, steps, first_check=8)
+    start_KQ = found_KQ[:, -width:]
     if G_KK.dtype == torch.float64:
         return _factored(largest, inverse, start_KQ, "gram")
     if not EPS32 * largest * float(values[-1]) <= _DROWNED:
         raise np.linalg.LinAlgError("fp32's rounding drowns the minor end")
-    return _factored(largest * (1 - 1e-5), inverse, start_KQ, "gram32")  # from below, whatever G's rounding
+    beside = found_KQ[:, :-width].double(), values[:-width].double()
+    return _factored(largest * (1 - 1e-5), inverse, start_KQ, "gram32", beside)  # from below, whatever G's rounding
 
 
-def _factored(largest: float, inverse: Operator, start_KQ: torch.Tensor, factor: Factor) -> Factored:
+def _factored(
+    largest: float,
+    inverse: Operator,
+    start_KQ: torch.Tensor,
+    factor: Factor,
+    beside: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Factored:
     start_KQ = torch.linalg.qr(start_KQ.double()).Q
-    return Factored(largest**0.5, lambda X: inverse(X).double(), start_KQ, factor)
+    return Factored(largest**0.5, lambda X: inverse(X).double(), start_KQ, factor, beside)
 
 
 def gram(T_KL: torch.Tensor, dtype: torch.dtype = torch.float64, to_lower: bool = True) -> torch.Tensor:
@@ -204,8 +215,8 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
 def _krylov(
     operator: Operator, start_KQ: torch.Tensor, wanted: int, tolerance: float, steps: int, first_check: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dominant eigenvalues and eigenvectors (K, Q) of a symmetric positive operator, ascending, `wanted` of them to
-    a tolerance.
+    """The dominant eigenvalues and eigenvectors (K, Q) of a symmetric positive operator, ascending, four blocks of them
+    at most and `wanted` ones to a tolerance.
 
     Block Lanczos from a random block, in its dtype and on its device; each block is orthogonalised against all before
     it, twice. It ends when the residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or
@@ -235,7 +246,7 @@ def _krylov(
         errors = (next_coefficients @ vectors[-width:, -wanted:]).norm(dim=0)
         if (errors <= tolerance * values[-wanted:].abs()).all():
             break
-    return values[-width:], known @ vectors[:, -width:]
+    return values[-4 * width :], known @ vectors[:, -4 * width :]
 
 
 def _largest(operator: Operator, start_KQ: torch.Tensor) -> float:
@@ -273,7 +284,8 @@ def times(T_KL: torch.Tensor, Y_LQ: torch.Tensor) -> torch.Tensor:
 
 def _parts(T_KL: torch.Tensor, entries: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """T in this dtype, some columns at a time, in the same memory each time: fresh memory costs more than the cast."""
-    if T_KL.dtype == torch.float64 == dtype:
+    # By rows in fp32 it may be a part of a wider one, which scipy's BLAS would copy.
+    if T_KL.dtype == dtype and (dtype == torch.float64 or T_KL.T.is_contiguous()):
         yield T_KL
         return
     k = len(T_KL)

@@ -190,7 +190,7 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
         if not left:
             break
         if factored.factor == "gram32":
-            D_KQ = _correction(ritz, factored)
+            D_KQ = _correction(ritz, D_KQ, factored)
         for _ in range(2):
             D_KQ = torch.linalg.qr(D_KQ).Q
             D_KQ -= ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
@@ -208,31 +208,39 @@ def _error(ritz: _Ritz, factored: Factored) -> torch.Tensor:
     return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
 
 
-def _correction(ritz: _Ritz, factored: Factored) -> torch.Tensor:
-    """(T Tᵀ − λ)⁻¹ residual, beyond the columns kept (K, Q): the error to first order, where `_error` is a part of it.
+def _correction(ritz: _Ritz, E_KQ: torch.Tensor, factored: Factored) -> torch.Tensor:
+    """(T Tᵀ − λ)⁻¹ residual, beyond the columns kept (K, Q): the error to first order, of which `_error`, E, is a part.
 
-    By conjugate gradients on (I − λ (T Tᵀ)⁻¹) D = (T Tᵀ)⁻¹ residual, for all columns at once.
+    By conjugate gradients on (I − λ (T Tᵀ)⁻¹) D = E, for all columns at once, with the eigenvectors that are known
+    beside the start as preconditioner.
     """
-    width = factored.start_KQ.shape[1]
+    assert factored.beside
+    V_KQ, inverses = factored.beside
+    width = E_KQ.shape[1]
     X_KQ, values = ritz.X_KQ[:, -width:], ritz.sigma[-width:] ** 2
+    stretch = 1 / (1 - inverses[:, None] * values).clamp(min=0.05) - 1
 
     def solved(A_KQ: torch.Tensor) -> torch.Tensor:
         A_KQ = factored.inverse(A_KQ)
         return A_KQ - X_KQ @ (X_KQ.T @ A_KQ)
 
-    left_KQ = direction_KQ = solved(ritz.residual_KR(width))
-    D_KQ = torch.zeros_like(left_KQ)
-    energy = first = left_KQ.square().sum(dim=0)
+    def preconditioned(A_KQ: torch.Tensor) -> torch.Tensor:
+        return A_KQ + V_KQ @ (stretch * (V_KQ.T @ A_KQ))
+
+    D_KQ, left_KQ, first = torch.zeros_like(E_KQ), E_KQ, E_KQ.square().sum(dim=0)
+    direction_KQ = preconditioned(left_KQ)
+    energy = (left_KQ * direction_KQ).sum(dim=0)
     for _ in range(_STEPS):
         image_KQ = direction_KQ - values * solved(direction_KQ)
         curvature = (direction_KQ * image_KQ).sum(dim=0)
         step = torch.where(curvature > 0, energy / curvature, 0.0)  # a start that is too rough may make it negative
         D_KQ += step * direction_KQ
         left_KQ = left_KQ - step * image_KQ
-        before, energy = energy, left_KQ.square().sum(dim=0)
-        if ((energy <= _REDUCTION * first) | (curvature <= 0)).all():
+        if ((left_KQ.square().sum(dim=0) <= _REDUCTION * first) | (curvature <= 0)).all():
             break
-        direction_KQ = left_KQ + energy / before.clamp(min=1e-300) * direction_KQ
+        Z_KQ = preconditioned(left_KQ)
+        before, energy = energy, (left_KQ * Z_KQ).sum(dim=0)
+        direction_KQ = Z_KQ + energy / before.clamp(min=1e-300) * direction_KQ
     return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
 
 
