@@ -286,8 +286,9 @@ def test_what_fp32_would_drown_is_solved_in_fp64(then: list[float], shape: tuple
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 4), (130, 131), (300, 1001), (650, 13001)])
 @pytest.mark.parametrize("is_tall", [False, True])
-def test_a_gram_of_two_parts_is_their_sum_to_the_bit(shape: tuple[int, int], is_tall: bool) -> None:
-    T_KL = _gaussian(*shape).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_gram_of_two_parts_is_their_sum_to_the_bit(shape: tuple[int, int], is_tall: bool, dtype: torch.dtype) -> None:
+    T_KL = _gaussian(*shape).to(dtype)
     if is_tall:
         T_KL = T_KL.T.contiguous().T
     whole_KK = shared_gram(T_KL)
