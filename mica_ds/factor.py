@@ -42,7 +42,7 @@ class Factored:
     """Orthonormal columns, fp64, whose span holds the minor end."""
     factor: Factor
     beside: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Rough eigenvectors next to the start's (K, Q), and their eigenvalues of `inverse`, fp64; of `gram32`, where
+    """Rough eigenvectors next to the start's (K, Q), and their eigenvalues of `inverse`, fp64. Only of `gram32`, whose
     corrections converge sooner with them."""
 
 
@@ -215,8 +215,8 @@ def _lu_inverse(T_KK: torch.Tensor) -> Operator:
 def _krylov(
     operator: Operator, start_KQ: torch.Tensor, wanted: int, tolerance: float, steps: int, first_check: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dominant eigenvalues and eigenvectors (K, Q) of a symmetric positive operator, ascending, four blocks of them
-    at most and `wanted` ones to a tolerance.
+    """The dominant eigenvalues and eigenvectors (K, Q) of a symmetric positive operator, ascending: of four blocks at
+    most the last holds those that are `wanted`, to a tolerance, and the others precondition.
 
     Block Lanczos from a random block, in its dtype and on its device; each block is orthogonalised against all before
     it, twice. It ends when the residuals of the wanted ones, relative to their eigenvalues, are below the tolerance, or
@@ -283,15 +283,20 @@ def times(T_KL: torch.Tensor, Y_LQ: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(T_KL: torch.Tensor, entries: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """T in this dtype, some columns at a time, in the same memory each time: fresh memory costs more than the cast."""
-    # By rows in fp32 it may be a part of a wider one, which scipy's BLAS would copy.
-    if T_KL.dtype == dtype and (dtype == torch.float64 or T_KL.T.is_contiguous()):
+    """T in this dtype, some columns at a time, in the same memory each time: fresh memory costs more than the cast.
+
+    Where it needs no cast, views of T: of all of it in fp64, which is small, and else of columns that lie together.
+    """
+    if T_KL.dtype == torch.float64 == dtype:
         yield T_KL
         return
     k = len(T_KL)
     if not symmetric.on_host(T_KL):  # no cache to stay in: few large kernels
         entries = max(16 * entries, 1 << 24)
     size = min(max(128, entries // k), T_KL.shape[1])
+    if T_KL.dtype == dtype and T_KL.T.is_contiguous():
+        yield from T_KL.split(size, dim=1)
+        return
     # As T lies in memory: by rows, or by columns where it is the transpose of a tall W.
     shape = (k, size) if T_KL.stride(1) == 1 else (size, k)
     buffer = torch.empty(shape, dtype=dtype, device=T_KL.device)

@@ -154,7 +154,8 @@ def finish(factored: Factored, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, r: int, i
     """
     minor = _rayleigh_ritz(factored.start_KQ, Y_LQ, Z_KQ, factored.start_KQ.shape[1])
     is_deficient = bool(minor.sigma[-1] <= _NEGLIGIBLE * factored.sigma_max)
-    if is_deficient or not _is_converged(minor, _error(minor, factored), factored, r, is_left):
+    D_KQ = _beyond(minor.X_KQ, _error(minor, factored))
+    if is_deficient or not _is_converged(minor, D_KQ, factored, r, is_left):
         return None
     U_MR = minor.X_KQ[:, -r:] if is_left else torch.linalg.qr(minor.Y_LQ[:, -r:] / minor.sigma[-r:]).Q
     return _solution(U_MR, minor, factored, r, unconverged=[])
@@ -184,16 +185,16 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
         ritz = _rayleigh_ritz(X_KQ, Y_LQ, Z_KQ, most)
         if factored.factor == "eigh":
             return ritz, True
-        D_KQ = _error(ritz, factored)
+        E_KQ = _error(ritz, factored)
+        D_KQ = _beyond(ritz.X_KQ, E_KQ)
         if _is_converged(ritz, D_KQ, factored, r, is_left):
             return ritz, True
         if not left:
             break
         if factored.factor == "gram32":
-            D_KQ = _correction(ritz, D_KQ, factored)
+            D_KQ = _beyond(ritz.X_KQ, _correction(ritz, E_KQ, factored))
         for _ in range(2):
-            D_KQ = torch.linalg.qr(D_KQ).Q
-            D_KQ -= ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
+            D_KQ = _beyond(ritz.X_KQ, torch.linalg.qr(D_KQ).Q)
         D_KQ = torch.linalg.qr(D_KQ).Q
         more = multiply(T_KL, D_KQ)
         X_KQ = torch.cat([ritz.X_KQ, D_KQ], dim=1)
@@ -202,46 +203,49 @@ def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, round
 
 
 def _error(ritz: _Ritz, factored: Factored) -> torch.Tensor:
-    """(T Tᵀ)⁻¹ residual, beyond the columns kept (K, Q): component j is (1 − λ / λ_j) of the error's."""
-    width = factored.start_KQ.shape[1]
-    D_KQ = factored.inverse(ritz.residual_KR(width))
-    return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
+    """(T Tᵀ)⁻¹ residual (K, Q): beyond the columns kept, its component j is (1 − λ / λ_j) of the error's."""
+    return factored.inverse(ritz.residual_KR(factored.start_KQ.shape[1]))
+
+
+def _beyond(X_KQ: torch.Tensor, A_KQ: torch.Tensor) -> torch.Tensor:
+    """What of A is not in the span of X, whose columns are orthonormal."""
+    return A_KQ - X_KQ @ (X_KQ.T @ A_KQ)
 
 
 def _correction(ritz: _Ritz, E_KQ: torch.Tensor, factored: Factored) -> torch.Tensor:
-    """(T Tᵀ − λ)⁻¹ residual, beyond the columns kept (K, Q): the error to first order, of which `_error`, E, is a part.
+    """(T Tᵀ − λ)⁻¹ residual (K, Q): the error to first order, of which `_error`, E, is a part.
 
     By conjugate gradients on (I − λ (T Tᵀ)⁻¹) D = E, for all columns at once, with the eigenvectors that are known
     beside the start as preconditioner.
     """
     assert factored.beside
-    V_KQ, inverses = factored.beside
+    beside_KQ, inverses = factored.beside
     width = E_KQ.shape[1]
     X_KQ, values = ritz.X_KQ[:, -width:], ritz.sigma[-width:] ** 2
+    V_KQ = _beyond(X_KQ, beside_KQ)
+    # At most 20 times, and never negative: a rough eigenvalue may come too near to λ, or beyond.
     stretch = 1 / (1 - inverses[:, None] * values).clamp(min=0.05) - 1
-
-    def solved(A_KQ: torch.Tensor) -> torch.Tensor:
-        A_KQ = factored.inverse(A_KQ)
-        return A_KQ - X_KQ @ (X_KQ.T @ A_KQ)
 
     def preconditioned(A_KQ: torch.Tensor) -> torch.Tensor:
         return A_KQ + V_KQ @ (stretch * (V_KQ.T @ A_KQ))
 
-    D_KQ, left_KQ, first = torch.zeros_like(E_KQ), E_KQ, E_KQ.square().sum(dim=0)
+    D_KQ = torch.zeros_like(E_KQ)
+    left_KQ = _beyond(X_KQ, E_KQ)
+    first = left_KQ.square().sum(dim=0)
     direction_KQ = preconditioned(left_KQ)
     energy = (left_KQ * direction_KQ).sum(dim=0)
     for _ in range(_STEPS):
-        image_KQ = direction_KQ - values * solved(direction_KQ)
+        image_KQ = direction_KQ - values * _beyond(X_KQ, factored.inverse(direction_KQ))
         curvature = (direction_KQ * image_KQ).sum(dim=0)
         step = torch.where(curvature > 0, energy / curvature, 0.0)  # a start that is too rough may make it negative
         D_KQ += step * direction_KQ
         left_KQ = left_KQ - step * image_KQ
         if ((left_KQ.square().sum(dim=0) <= _REDUCTION * first) | (curvature <= 0)).all():
             break
-        Z_KQ = preconditioned(left_KQ)
-        before, energy = energy, (left_KQ * Z_KQ).sum(dim=0)
-        direction_KQ = Z_KQ + energy / before.clamp(min=1e-300) * direction_KQ
-    return D_KQ - ritz.X_KQ @ (ritz.X_KQ.T @ D_KQ)
+        next_KQ = preconditioned(left_KQ)
+        before, energy = energy, (left_KQ * next_KQ).sum(dim=0)
+        direction_KQ = next_KQ + energy / before.clamp(min=1e-300) * direction_KQ
+    return D_KQ
 
 
 def _is_converged(ritz: _Ritz, D_KQ: torch.Tensor, factored: Factored, r: int, is_left: bool) -> bool:
@@ -266,8 +270,7 @@ def _is_converged(ritz: _Ritz, D_KQ: torch.Tensor, factored: Factored, r: int, i
     allowed = 5e-4 * float(sigma.square().sum()) + r * (4 * EPS32 * factored.sigma_max) ** 2
     if share > 1 or float(excess.sum()) > allowed:
         return False  # before the two solves of the estimate
-    E_KR = factored.inverse(D_KR) * ritz.sigma[-r:] ** 2
-    E_KR -= ritz.X_KQ @ (ritz.X_KQ.T @ E_KR)
+    E_KR = _beyond(ritz.X_KQ, factored.inverse(D_KR) * ritz.sigma[-r:] ** 2)
     return share <= max(1 - float(E_KR.norm()) / max(float(D_KR.norm()), 1e-300), 1e-3)
 
 

@@ -84,7 +84,7 @@ def test_a_rank_that_is_killed_while_the_ranks_meet(tiny_config: Callable[..., P
     assert f"rank 0 (host {HOST}) was in torch.distributed." in lines[-1]
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [pytest.param(1, 2, marks=pytest.mark.slow), (0, 3)])
+@pytest.mark.parametrize(("rank", "ranks"), [(1, 2), (0, 3)])
 def test_a_rank_that_returns_early_is_named(
     rank: int, ranks: int, tiny_config: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -471,9 +471,14 @@ def test_an_interrupt(other: Run) -> None:
         (
             "infinite_gradient",
             3,
-            ["checkpoint.max_skipped=3", "model.dtype=bfloat16", f"deepspeed={ROOT}/configs/deepspeed/zero3.json"],
+            [
+                "checkpoint.max_skipped=3",
+                "model.dtype=bfloat16",
+                f"deepspeed={ROOT}/configs/deepspeed/zero3.json",
+                "data.sequence_parallel=2",
+                "data.pack=false",
+            ],
         ),
-        pytest.param("infinite_gradient", 5, ["data.sequence_parallel=2", "data.pack=false"], marks=pytest.mark.slow),
     ],
 )
 def test_steps_that_are_not_finite(what: str, allowed: int, settings: list[str], other: Run) -> None:
