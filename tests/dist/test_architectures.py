@@ -25,7 +25,7 @@ METHODS = [
     "adapter.method=full",
 ]
 # Gemma 2 has all that Gemma has.
-QUICK = [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma" else []) for name in TINY]
+ARCHITECTURES = [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma" else []) for name in TINY]
 
 
 def assert_chain(config: Path, run: Path, *overrides: str) -> None:
@@ -40,7 +40,7 @@ def assert_chain(config: Path, run: Path, *overrides: str) -> None:
     assert summary["retention_after"] < summary["retention_before"]  # it is scored on the corpus itself here
 
 
-@pytest.mark.parametrize("architecture", QUICK)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_architecture(
     architecture: str, tiny_config: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
