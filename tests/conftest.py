@@ -1,5 +1,6 @@
 """What several tests use: real models, tiny ones of each architecture, and programs started as users start them."""
 
+import fcntl
 import json
 import os
 import signal
@@ -71,6 +72,14 @@ class Finished:
     @property
     def output(self) -> str:
         return "\n".join(self.outputs)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that waiting does not count as the test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Where tests run side by side, one that must end within seconds runs alone."""
+    with open(__file__) as file:
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,8 @@ class Cluster:
     def lose_node(self, name: str) -> None:
         """Kill all that runs there: the daemon, its keepers of steps and the ranks."""
         self._nodes[name].kill()
-        processes = [process for process in psutil.process_iter() if _runs_on(process, name)]
+        place = {"SLURMD_NODENAME": name, **self.variables}
+        processes = [process for process in psutil.process_iter() if _runs_in(process, place)]
         keepers = {process.parent() for process in processes} - {None, *processes}
         for process in [*keepers, *processes]:
             with suppress(psutil.NoSuchProcess):
@@ -99,9 +100,9 @@ class Cluster:
         return daemon
 
 
-def _runs_on(process: psutil.Process, node: str) -> bool:
+def _runs_in(process: psutil.Process, variables: dict[str, str]) -> bool:
     with suppress(psutil.Error):
-        return process.environ().get("SLURMD_NODENAME") == node
+        return variables.items() <= process.environ().items()
     return False
 
 
@@ -109,7 +110,8 @@ def _runs_on(process: psutil.Process, node: str) -> bool:
 def cluster(folder: Path) -> Iterator[Cluster]:
     """Run SLURM in `folder`, its logs included; leaves no process behind."""
     names = {"host": socket.gethostname(), "folder": folder, "ports": free_ports(3)}
-    (folder / "slurm.conf").write_text(CONFIG.format(**names, first_job=60_000_000 + os.getpid()))
+    first_job = 60_000_000 + 100 * (os.getpid() % 60_000)  # another cluster may run beside it
+    (folder / "slurm.conf").write_text(CONFIG.format(**names, first_job=first_job))
     (folder / "munge.key").touch(mode=0o600)
     (folder / "munge.key").write_bytes(os.urandom(128))
     # --force: the socket is in a folder that only root may enter.

@@ -403,6 +403,7 @@ def test_with_all_on_nvme(method: str, ranks: int, config: Path, smollm2: Path, 
         assert len(list((swapped / f"optimizer/rank{rank}").iterdir())) >= 3  # the masters and two moments
 
 
+@pytest.mark.timed
 def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ranks = launch_ranks(2, ["train", str(config), f"output_dir={folder}"])

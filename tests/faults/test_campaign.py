@@ -7,7 +7,7 @@ import pytest
 
 from .campaign import Campaign, Moment
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timed]
 
 
 @pytest.fixture(scope="module")
