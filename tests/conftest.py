@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -30,6 +31,9 @@ SMOLLM2 = ROOT / "models" / "smollm2-135m"
 # The matrices of the tests in this process are small: a second thread costs more than it brings.
 torch.set_num_threads(1)
 threadpool_limits(1)
+# Another test beside one may slow any example of it.
+hypothesis.settings.register_profile("any speed", deadline=None)
+hypothesis.settings.load_profile("any speed")
 
 LAUNCH_LIMIT = 600  # seconds, after which a started program is killed and the test fails
 
@@ -76,9 +80,9 @@ class Finished:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # so that waiting does not count as the test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Where tests run side by side, one that must end within seconds runs alone."""
-    with open(__file__) as file:
-        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH)
+    """Where tests run side by side, those marked so run alone."""
+    with open(__file__, "r+") as file:  # NFS wants files that are locked open to write
+        fcntl.flock(file, fcntl.LOCK_EX if item.get_closest_marker("exclusive") else fcntl.LOCK_SH)
         return (yield)
 
 

@@ -36,6 +36,8 @@ from .servers import Proxy, Server
 from .slurm import wait_until
 
 MICA_DS = [sys.executable, "-m", "mica_ds"]
+pytestmark = pytest.mark.exclusive  # after its run a sender has 10 s
+
 STEP = 0.05  # seconds
 END_LIMIT = 30  # seconds: 10 for the sender, and what a busy machine adds; a request that hangs takes 60
 LARGEST = sys.float_info.max  # what MLflow makes of Infinity

@@ -1,4 +1,4 @@
-"""One SLURM for all tests that need it."""
+"""One SLURM for all tests of a process that need it."""
 
 from collections.abc import Iterator
 

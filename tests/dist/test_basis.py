@@ -240,6 +240,7 @@ def test_partitions_on_nvme(middle: Path, nvme_settings: Path, tmp_path: Path) -
         assert torch.equal(B_MR, bases(tmp_path / "whole")[name])
 
 
+@pytest.mark.exclusive  # it counts the bytes of this machine's loopback
 @pytest.mark.parametrize(
     ("exchange", "ranks", "source"),
     [("ship", 4, "partitions"), ("gram", 4, "partitions"), ("share", 2, "partitions"), ("share", 2, "files")],

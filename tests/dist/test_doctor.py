@@ -10,7 +10,7 @@ import pytest
 
 from ..conftest import ROOT, Finished, free_ports, start_ranks
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.exclusive]
 
 LIMIT = 120  # seconds
 COLLECTIVES = ["all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all_single"]

@@ -22,7 +22,7 @@ from mica_ds.watchdog import PATIENCE
 from ..conftest import LAUNCH_LIMIT, Finished, finish, launch_ranks, write_config
 from ..slurm import wait_until
 
-pytestmark = [pytest.mark.dist, pytest.mark.timed]
+pytestmark = [pytest.mark.dist, pytest.mark.exclusive]
 
 LIMIT = 30  # seconds
 HOST = socket.gethostname()

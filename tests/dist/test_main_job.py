@@ -22,7 +22,7 @@ from ..conftest import ROOT, Finished, finish, launch_ranks, start
 from ..slurm import wait_until
 from .test_basis import assert_bases_match, manifest
 
-pytestmark = [pytest.mark.dist, pytest.mark.timed]
+pytestmark = [pytest.mark.dist, pytest.mark.exclusive]
 
 STEPS = 12
 

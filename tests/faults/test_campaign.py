@@ -7,7 +7,7 @@ import pytest
 
 from .campaign import Campaign, Moment
 
-pytestmark = [pytest.mark.dist, pytest.mark.timed]
+pytestmark = [pytest.mark.dist, pytest.mark.exclusive]
 
 
 @pytest.fixture(scope="module")
