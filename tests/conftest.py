@@ -31,7 +31,7 @@ SMOLLM2 = ROOT / "models" / "smollm2-135m"
 # The matrices of the tests in this process are small: a second thread costs more than it brings.
 torch.set_num_threads(1)
 threadpool_limits(1)
-# Another test beside one may slow any example of it.
+# How long an example takes is no fault, and another test beside it may slow it.
 hypothesis.settings.register_profile("any speed", deadline=None)
 hypothesis.settings.load_profile("any speed")
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pieces")
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(tensors=SHAPES, size=st.integers(1, 5000), ranks=st.integers(1, 7))
 def test_the_ranks_share_every_byte_once(tensors: list, size: int, ranks: int, folder: Path) -> None:
     file = folder / "model.safetensors"

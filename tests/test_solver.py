@@ -231,7 +231,7 @@ def test_all_210_real_weights(smollm2: Path, layer: int, kind: str, r: int, fact
     duplicates=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_shape_and_deficiency(m: int, n: int, share: float, deficiency: int, duplicates: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     inner = max(1, min(m, n) - deficiency)
