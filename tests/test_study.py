@@ -530,7 +530,7 @@ def test_a_corpus_or_an_answer_key_that_was_changed_on_the_way_ends_the_study(
         conduct(finished_study)
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # after the study a sender has 10 s
 @pytest.mark.dist
 def test_a_study_killed_and_started_again_repeats_nothing_and_compares_fairly(
     study_file: Callable[..., Path], tmp_path: Path, alone: None

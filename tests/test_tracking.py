@@ -35,9 +35,9 @@ from .conftest import ROOT, Finished, environment, finish, free_ports, start, st
 from .servers import Proxy, Server
 from .slurm import wait_until
 
-MICA_DS = [sys.executable, "-m", "mica_ds"]
 pytestmark = pytest.mark.exclusive  # after its run a sender has 10 s
 
+MICA_DS = [sys.executable, "-m", "mica_ds"]
 STEP = 0.05  # seconds
 END_LIMIT = 30  # seconds: 10 for the sender, and what a busy machine adds; a request that hangs takes 60
 LARGEST = sys.float_info.max  # what MLflow makes of Infinity

@@ -39,7 +39,7 @@ def train(ranks: int, config: Path, *overrides: str) -> Finished:
     return start_ranks(ranks, ["train", str(config), *QUICK, *overrides])
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # after its run a sender has 10 s
 def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     corpus, cache, run = tmp_path / "documents", tmp_path / "tokens", tmp_path / "run"
     write_corpus(corpus)

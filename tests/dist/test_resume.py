@@ -403,7 +403,7 @@ def test_with_all_on_nvme(method: str, ranks: int, config: Path, smollm2: Path, 
         assert len(list((swapped / f"optimizer/rank{rank}").iterdir())) >= 3  # the masters and two moments
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # it has 10 s
 def test_a_signal_before_training(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ranks = launch_ranks(2, ["train", str(config), f"output_dir={folder}"])
@@ -465,7 +465,7 @@ def test_an_interrupt(other: Run) -> None:
     assert (last or {})["status"] == "KILLED"
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # each run has 30 s
 @pytest.mark.parametrize(
     ("what", "allowed", "settings"),
     [
@@ -506,7 +506,7 @@ def test_steps_that_are_not_finite(what: str, allowed: int, settings: list[str],
     assert other.state(STEPS)["optimizer_step"] == STEPS - allowed
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # it has 30 s
 def test_a_full_disk(config: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -182,7 +182,7 @@ def test_the_doctor_as_a_job(site: Site) -> None:
     assert outputs.keys() == {f"{site.folder.name}/job-{job}.log", f"{job}/0-{host}.log", f"{job}/1-{host}.log"}
 
 
-@pytest.mark.exclusive
+@pytest.mark.exclusive  # SLURM gives a job 10 s after the signal
 def test_a_cancelled_job(site: Site) -> None:
     job = site.submit()
     site.wait_for_step(4)
