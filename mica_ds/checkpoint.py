@@ -1,8 +1,9 @@
 """All that training has changed, on disk: whole, hashed, in safetensors and JSON, independent of the number of ranks.
 
 `step-N/` holds the trainable parameters and Adam's moments in fp32 (`model-*`, `exp_avg-*` and `exp_avg_sq-*`),
-MiCA's frozen B (`frozen`), each rank's random states (`random.json`), transformers' `trainer_state.json`, and in
-`state.json` the rest: steps, scheduler, what the checkpoint belongs to, and the SHA-256 of every file.
+MiCA's frozen B or a whole model's buffers (`frozen`), each rank's random states (`random.json`), transformers'
+`trainer_state.json`, and in `state.json` the rest: steps, scheduler, what the checkpoint belongs to, and the SHA-256 of
+every file.
 """
 
 import json
@@ -48,7 +49,7 @@ def save_checkpoint(
     Args:
         folder: where checkpoints lie side by side.
         engine: DeepSpeed's.
-        frozen: the fp32 tensors that the trained ones mean nothing without; rank 0's count.
+        frozen: the tensors that the trained ones mean nothing without; rank 0's count.
         progress: written to `trainer_state.json`.
         about: goes into `state.json`; `loss` may decide which checkpoint is the best, `origin` what may go on from it.
         keep: the newest so many stay, and the best.
@@ -139,7 +140,7 @@ def load_trained(engine: Any, checkpoint: Path) -> None:
 
     The optimizer keeps its masters, with which the next step would overwrite them.
     """
-    stored, names = open_checkpoint(checkpoint, tensor_files(checkpoint)), _stored_names(engine)
+    stored, names = open_checkpoint(checkpoint, trained_files(checkpoint)), _stored_names(engine)
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
             parameter.partition()  # one that ZeRO-3 keeps whole would not hear of it
@@ -178,20 +179,20 @@ def read_history(checkpoint: Path) -> list[dict[str, float]]:
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
 
 
-def tensor_files(checkpoint: Path) -> list[Path]:
+def trained_files(checkpoint: Path) -> list[Path]:
     """The files that hold a checkpoint's trained parameters, by their names in the model. Local."""
     return _files_of(checkpoint, MASTER)
 
 
-def factor_files(checkpoint: Path) -> list[Path]:
-    """The files that hold an adapter's factors, trained or frozen, by peft's names. Local."""
-    return [*tensor_files(checkpoint), *checkpoint.glob(_FROZEN)]
+def tensor_files(checkpoint: Path) -> list[Path]:
+    """The files that hold all tensors of a checkpoint, trained or frozen, by their names in the model. Local."""
+    return [*trained_files(checkpoint), *checkpoint.glob(_FROZEN)]
 
 
 def adapter_norms(checkpoint: Path) -> dict[str, float]:
     """The Frobenius norms of an adapter's A, over all layers, by target: `norm_A/q_proj`. Local."""
     squares: dict[str, float] = {}
-    for file in tensor_files(checkpoint):
+    for file in trained_files(checkpoint):
         with safe_open(file, "pt") as tensors:
             for name in tensors.offset_keys():
                 module, is_factor, _ = name.rpartition(".lora_A")
@@ -202,13 +203,13 @@ def adapter_norms(checkpoint: Path) -> dict[str, float]:
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All trained and frozen tensors of a checkpoint, fp32. Local."""
-    trained = {name: tensor for file in tensor_files(checkpoint) for name, tensor in load_file(file).items()}
+    """All trained and frozen tensors of a checkpoint. Local."""
+    trained = {name: tensor for file in trained_files(checkpoint) for name, tensor in load_file(file).items()}
     return trained | read_frozen(checkpoint)
 
 
 def read_frozen(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The frozen tensors of a checkpoint alone, fp32; none where all that an adapter has was trained. Local."""
+    """The frozen tensors of a checkpoint alone; none where all there is was trained. Local."""
     return load_file(checkpoint / _FROZEN) if (checkpoint / _FROZEN).exists() else {}
 
 

@@ -27,7 +27,7 @@ from mica_ds.documents import PDF, Broken, Document, find_files, read, read_docu
 from mica_ds.errors import UserError
 from mica_ds.links import device
 from mica_ds.memory import readable
-from mica_ds.model import load_skeleton, load_tokenizer
+from mica_ds.model import load_skeleton, load_tokenizer, stored_buffers
 from mica_ds.packing import check_packing
 from mica_ds.parallelism import check_parallelism
 from mica_ds.questions import read_questions
@@ -158,10 +158,11 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def model_files(config: Config) -> dict[str, str]:
-    """Whether the model's files are whole and hold every parameter; the weights are not read."""
+    """Whether the model's files are whole and hold every parameter and buffer; the weights are not read."""
     tensors, model = open_checkpoint(config.model.path), load_skeleton(config.model)
     for name, parameter in model.named_parameters():
         stored_tensor(name, tensors, model.base_model_prefix, tuple(parameter.shape))
+    stored_buffers(model, tensors)
     load_tokenizer(config.model)
     files = {tensor.file for tensor in tensors.values()}
     size = sum(file.stat().st_size for file in files)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mica_ds.adapter import factor_name, stored_targets
-from mica_ds.checkpoint import factor_files
+from mica_ds.checkpoint import tensor_files
 from mica_ds.config import Config
 from mica_ds.errors import UserError
 from mica_ds.files import file_hash
@@ -118,7 +118,7 @@ def _deltas(
     config: Config, checkpoint: Path, skeleton: PreTrainedModel, stored: dict[str, StoredTensor]
 ) -> dict[tuple[str, str], _Delta]:
     """What is added, by file and key of the stored matrix."""
-    factors = open_checkpoint(checkpoint, factor_files(checkpoint))
+    factors = open_checkpoint(checkpoint, tensor_files(checkpoint))
     scale = config.adapter.alpha / config.adapter.r
     uses = [id(parameter) for _, parameter in skeleton.named_parameters(remove_duplicate=False)]
     found = {}

@@ -8,10 +8,12 @@ from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from mica_ds.checkpoint import read_tensors, tensor_files
+from mica_ds.checkpoint import read_frozen, read_tensors, trained_files
 from mica_ds.config import Config, fixed_settings
 from mica_ds.model import DTYPES, load_tokenizer
 from mica_ds.shelf import check_origin, put_in_place
+
+_BUFFERS = "buffers.safetensors"
 
 
 def export_checkpoint(config: Config, checkpoint: Path) -> Path:
@@ -51,10 +53,13 @@ def _write_model(config: Config, checkpoint: Path, folder: Path) -> None:
     """transformers' format in the compute dtype, one file in memory at a time."""
     dtype = DTYPES[config.model.dtype]
     index: dict[str, str] = {}
-    for file in tensor_files(checkpoint):
+    for file in trained_files(checkpoint):
         tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
         index.update(dict.fromkeys(tensors, file.name))
+    if buffers := read_frozen(checkpoint):
+        save_file(buffers, folder / _BUFFERS, metadata={"format": "pt"})
+        index.update(dict.fromkeys(buffers, _BUFFERS))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=1))
     description = AutoConfig.from_pretrained(config.model.path, local_files_only=True, trust_remote_code=False)
     description.dtype = dtype

@@ -33,7 +33,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> PreTrainedModel:
     """Build a causal language model under ZeRO-3 and fill its partitions from safetensors. Collective.
 
-    `weights` are files that hold other values for all its parameters, such as those of a full fine-tuning.
+    `weights` are files that hold other values for all its parameters, such as those of a full fine-tuning, and its
+    buffers.
 
     transformers' DeepSpeed settings must be alive (a TrainingArguments with `deepspeed`): zero.Init reads them.
     Raises: UserError where the checkpoint is missing, truncated or incomplete, or holds NaN or Inf.
@@ -60,6 +61,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
             name: stored_tensor(name, sources, model.base_model_prefix, full_shape(parameter))
             for name, parameter in parameters.items()
         }
+        buffers = stored_buffers(model, sources)
     not_finite: list[str] = []
     for name, tensor in stored.items():
         fill_partition(parameters[name], functools.partial(_read_finite, tensor, name, not_finite))
@@ -68,10 +70,23 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
             raise UserError(
                 f"model.path: {not_finite[0]} in {settings.path} holds NaN or Inf; copy the checkpoint again"
             )
-    for name, buffer in model.named_buffers():
-        if name in sources:
-            buffer.copy_(sources[name].read(0, buffer.numel()).view(buffer.shape))
+    for name, buffer in persistent_buffers(model).items():
+        buffer.copy_(buffers[name].whole())
     return model
+
+
+def stored_buffers(model: PreTrainedModel, sources: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Where the buffers of a model lie, by their names. Local. Raises: UserError where the checkpoint lacks one."""
+    return {
+        name: stored_tensor(name, sources, model.base_model_prefix, tuple(buffer.shape))
+        for name, buffer in persistent_buffers(model).items()
+    }
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside parameters, such as the correction of a router. Local."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def load_skeleton(settings: ModelSettings) -> PreTrainedModel:

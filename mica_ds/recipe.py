@@ -103,7 +103,7 @@ def train(config: Config) -> None:
         comm.say(f"training: {trainable:,} parameters of {config.adapter.method}, {args.world_size} ranks")
         scores = None
         if not is_over:
-            frozen = frozen_tensors(modules, basis, checkpoint)
+            frozen = frozen_tensors(config, model, modules, basis, checkpoint)
             facts: dict[str, Any] = {"basis_seconds": basis.seconds if basis else 0.0}
             if basis:
                 facts["basis_fingerprint"] = basis.manifest["fingerprint"]

@@ -21,6 +21,7 @@ from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
 from mica_ds.files import replacing
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
+from mica_ds.model import persistent_buffers
 from mica_ds.report import SUMMARY
 from mica_ds.scores import MEASURES, Scores
 from mica_ds.shelf import STATE, check_origin, checkpoint_folder, find_best, find_checkpoint, read_state
@@ -187,9 +188,16 @@ def attach(
 
 
 def frozen_tensors(
-    modules: dict[str, nn.Module], basis: Basis | None, checkpoint: Path | None
+    config: Config, model: nn.Module, modules: dict[str, nn.Module], basis: Basis | None, checkpoint: Path | None
 ) -> dict[str, torch.Tensor]:
-    """MiCA's B for the checkpoints, on rank 0: from an earlier one, else from the cache. Local."""
-    if basis is None or not comm.is_main():
+    """What checkpoints hold beside what trains, on rank 0. Local.
+
+    MiCA's B, from an earlier one or the cache; with the whole model, its buffers.
+    """
+    if not comm.is_main():
+        return {}
+    if config.adapter.method == "full":
+        return {name: buffer.cpu() for name, buffer in persistent_buffers(model).items()}
+    if basis is None:
         return {}
     return read_frozen(checkpoint) if checkpoint else frozen_factors(modules, basis)

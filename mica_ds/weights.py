@@ -30,6 +30,11 @@ class StoredTensor:
             rows = opened.get_slice(self.key)[first : -(-stop // row)]
         return rows.reshape(-1)[start - first * row : stop - first * row]
 
+    def whole(self) -> torch.Tensor:
+        """All of it in its shape, as stored. Local."""
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.key)
+
 
 @dataclass(frozen=True)
 class Region:
@@ -76,7 +81,7 @@ def open_checkpoint(path: Path, files: list[Path] | None = None) -> dict[str, St
 
 
 def stored_tensor(name: str, tensors: dict[str, StoredTensor], prefix: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The stored tensor of a parameter; checkpoints of the bare decoder lack the base model's prefix. Local.
+    """The stored tensor of a parameter or buffer; checkpoints of the bare decoder lack the base model's prefix. Local.
 
     Raises: UserError where the checkpoint lacks it or stores it in another shape.
     """

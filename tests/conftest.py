@@ -57,6 +57,14 @@ RARE: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 0,
     },
+    # Its checkpoints hold more than parameters, and numbers without a dimension.
+    "apertus": {
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }
 # Each with every attention that it has: for Gemma 2 transformers (5.23) refuses sdpa.
 ATTENTIONS = [(name, way) for name in TINY for way in ("sdpa", "eager") if (name, way) != ("gemma2", "sdpa")]
@@ -113,7 +121,10 @@ def write_tiny_model(architecture: str, folder: Path) -> Path:
     config = transformers.AutoConfig.for_model(
         architecture, vocab_size=49152, max_position_embeddings=256, **sizes, **(TINY | RARE)[architecture]
     )
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name in model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+        model.get_buffer(name).mul_(0.7)  # else those that the code makes would do
+    model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(SMOLLM2).save_pretrained(folder)
     return folder
 

@@ -22,7 +22,6 @@ METHODS = [
     pytest.param("adapter.subspace=principal", marks=pytest.mark.slow),
     "adapter.subspace=random",
     "adapter.method=lora",
-    "adapter.method=full",
 ]
 # Gemma 2 has all that Gemma has.
 ARCHITECTURES = [pytest.param(name, marks=[pytest.mark.slow] if name == "gemma" else []) for name in TINY]
@@ -69,6 +68,15 @@ def test_rare_architecture_in_bfloat16(
 @pytest.mark.parametrize("override", METHODS)
 def test_method(override: str, tiny_config: Callable[..., Path], tmp_path: Path) -> None:
     assert_chain(tiny_config(), tmp_path / "run", override)
+
+
+def test_full_fine_tuning_keeps_what_is_not_trained(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = tiny_config("apertus")
+    assert_chain(config, tmp_path / "run", "adapter.method=full")
+    finished = start_ranks(1, ["evaluate", str(config), "adapter.method=full"])
+    assert finished.codes == [0], finished.output
+    evaluated, summary = (json.loads((tmp_path / "run" / f"{n}.json").read_text()) for n in ("evaluation", "summary"))
+    assert evaluated["retention"] == pytest.approx(summary["retention_after"], rel=1e-4)
 
 
 def test_bfloat16_with_checkpoints_and_gradient_checkpointing(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
