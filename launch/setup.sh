@@ -15,13 +15,17 @@ import ensurepip, os, sys, sysconfig, venv
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
 PY
 
-pins=$(cat pyproject.toml launch/requirements.lock | sha256sum)
+pins=$(sha256sum <launch/requirements.lock)
 if [ "$(cat .venv/.pins 2>/dev/null)" != "$pins" ]; then
   echo "setup: installing into .venv (a few minutes)"
   "$python" -m venv --clear .venv
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -r launch/requirements.lock
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
   echo "$pins" >.venv/.pins
+fi
+project=$(sha256sum <pyproject.toml)
+if [ "$(cat .venv/.project 2>/dev/null)" != "$project" ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+  echo "$project" >.venv/.project
 fi
 
 # On GPUs the ops that a config needs are compiled on first use.

@@ -25,6 +25,7 @@ from mica_ds.cache import (
 )
 from mica_ds.config import AdapterSettings, BasisSettings
 from mica_ds.errors import UserError
+from mica_ds.files import remove_abandoned
 from mica_ds.fingerprint import describe, mixed_sum
 from mica_ds.progress import Progress
 from mica_ds.shards import Matrix, WeightSource
@@ -134,6 +135,7 @@ def _solve(
     with comm.failing_together():
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(folder)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror}") from None
     machine = schedule.measure_machine(source.dtype.itemsize, source.is_sliced, settings.device)

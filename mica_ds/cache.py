@@ -7,6 +7,7 @@ Jobs that share a cache may work on it at once: a file is replaced whole, and on
 import hashlib
 import json
 import time
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from safetensors.torch import save_file
 
 from mica_ds import comm
 from mica_ds.errors import UserError
-from mica_ds.files import locked, replacing
+from mica_ds.files import locked, replace_text, replacing
 from mica_ds.shards import Matrix
 from mica_ds.solver import Solution
+
+_LOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ def write_basis(
         "subspace": wanted.label,
     }
     file = basis_file(folder, matrix.name)
+    # Several, for an owner seldom to wait for another: network file systems try again only after seconds.
+    lock = folder / f".lock-{zlib.crc32(matrix.name.encode()) % _LOCKS}"
     try:
-        with locked(folder / ".lock"):
+        with locked(lock):
             current = read_record(folder, matrix.name)
             if current and wanted.is_served(current) and current["fingerprint"] == fingerprint:
                 return  # another job was faster, perhaps with a larger r
@@ -142,8 +147,7 @@ def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
     try:
-        with replacing(file, is_shared=True) as partial:
-            partial.write_text(json.dumps(manifest, indent=1))
+        replace_text(file, json.dumps(manifest, indent=1), is_shared=True)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error}") from None
 

@@ -63,9 +63,16 @@ def start(is_watched: bool = False) -> None:
             _watch()
     except (dist.DistNetworkError, dist.DistStoreError) as error:  # not NCCL's own, which says more
         raise UserError(process.why_apart(error)) from None
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if torch.cuda.is_available() else None
+    if gpus and local < gpus:
+        torch.cuda.set_device(local)
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # meets without a limit, too
+    with failing_together():
+        if gpus and local >= gpus:
+            raise UserError(
+                f"rank {rank()} is number {local} on {socket.gethostname()} (from 0), but sees {gpus} GPUs: start one "
+                "rank a GPU, and let each see all of its node's (no --gpus-per-task, no --gpu-bind)"
+            )
     place = process.own_cores()
     places = gather(place)
     process.share_cores(places.count(place))
@@ -146,12 +153,12 @@ def gather_rows(part: torch.Tensor, owner: int) -> torch.Tensor:
 
 def send(tensor: torch.Tensor, to: int, tag: int) -> Work:
     """Start sending a contiguous CPU tensor, which must not change until the returned work is done. Local."""
-    return dist.isend(_as_bytes(tensor), to, group=_group, tag=tag)
+    return dist.isend(tensor, to, group=_group, tag=tag)
 
 
 def receive(tensor: torch.Tensor, source: int, tag: int) -> Work:
     """Start receiving into a contiguous CPU tensor. Local."""
-    return dist.irecv(_as_bytes(tensor), source, group=_group, tag=tag)
+    return dist.irecv(tensor, source, group=_group, tag=tag)
 
 
 def wait(works: list[Work]) -> None:
@@ -231,10 +238,6 @@ def at_abort(act: Callable[[int], None]) -> None:
     """Have `act` called with the exit code when another rank's failure is about to end this one. Local."""
     if _watchdog is not None:
         _watchdog.at_abort = act
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(torch.uint8)  # gloo knows no bfloat16
 
 
 def _is_speaker(error: UserError) -> bool:

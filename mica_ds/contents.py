@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mica_ds.files import file_hash, replacing
+from mica_ds.files import file_hash, remove_abandoned, replace_text
 
 _SETTLED = 2  # seconds that a file must be old for its times to tell whether it has changed
 
@@ -26,8 +26,8 @@ def hash_files(files: list[Path], index: Path) -> dict[Path, str]:
     if any(known.get(file) != looks for file, looks in fresh.items()):
         with suppress(OSError):  # one that cannot be written serves all the same
             index.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(index, is_shared=True) as partial:
-                partial.write_text(json.dumps(known | fresh))
+            remove_abandoned(index.parent)
+            replace_text(index, json.dumps(known | fresh), is_shared=True)
     return {file: looks[-1] for file, looks in zip(files, found, strict=True)}
 
 

@@ -8,11 +8,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import groupby, islice
+from itertools import groupby, islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mica_ds.files import locked, replacing
+from mica_ds.files import locked, replace_text
 from mica_ds.journal import Line, Reader
 from mica_ds.stores import database_file
 
@@ -24,7 +24,7 @@ JOURNAL_TAG = "mica_ds.journal"
 """The tag of an MLflow run that holds the id of the journal's run."""
 _PARENT_TAG = "mlflow.parentRunId"
 # MLflow's limits for one request (3.17).
-_METRICS, _PARAMS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 100, 6000, 8000
+_METRICS, _PARAM_LENGTH, _TAG_LENGTH = 1000, 6000, 8000
 _DATA = ("metrics", "params", "tags")
 _FILES = ("artifact", "register")
 _FINAL = ("INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
@@ -187,8 +187,9 @@ class Delivery:
             client.create_model_version(name, source, run)
 
     def _save(self) -> None:
-        with suppress(OSError), replacing(self._folder / RECEIPTS) as partial:  # a full disk: it would be sent again
-            partial.write_text(json.dumps(_receipts(self._folder) | {self._uri: self._receipt}, indent=1))
+        with suppress(OSError):  # a full disk: it would be sent again
+            receipts = _receipts(self._folder) | {self._uri: self._receipt}
+            replace_text(self._folder / RECEIPTS, json.dumps(receipts, indent=1))
 
 
 def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
@@ -203,18 +204,13 @@ def _log(client: "MlflowClient", run: str, lines: list[Line]) -> None:
     ]
     params = {key: str(value)[:_PARAM_LENGTH] for line in of["params"] for key, value in line["values"].items()}
     tags = {key: str(value)[:_TAG_LENGTH] for line in of["tags"] for key, value in line["values"].items()}
-    for start in range(0, len(metrics), _METRICS):
-        client.log_batch(run, metrics=metrics[start : start + _METRICS])
-    for start in range(0, len(params), _PARAMS):
-        client.log_batch(run, params=[Param(*item) for item in list(params.items())[start : start + _PARAMS]])
-    for start in range(0, len(tags), _PARAMS):
-        client.log_batch(run, tags=[RunTag(*item) for item in list(tags.items())[start : start + _PARAMS]])
+    client.log_batch(run, metrics, list(starmap(Param, params.items())), list(starmap(RunTag, tags.items())))
 
 
 def _pass_sent(reader: Reader, receipt: dict[str, Any]) -> int:
     """Read the lines that a store has acknowledged, and return their number.
 
-    None where the journal was cut before the last of them, by a repair or an old copy: it may have grown since.
+    0 where the journal was cut before the last of them, by a repair or an old copy: it may have grown since.
     """
     times = [_time(line) for line in islice(reader.read(), receipt["lines"])]
     if len(times) == receipt["lines"] and times[-1:] in ([], [receipt["time"]]):

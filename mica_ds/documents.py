@@ -77,7 +77,8 @@ def find_files(source: Path, key: str) -> list[Path]:
 def source_files(source: Path, on_error: Callable[[OSError], None] | None = None) -> list[Path]:
     """The files that a source means: itself, or of a folder those that can be read, sorted. Local.
 
-    The folder of a saved dataset stands for its files. Links to folders are followed, but none is entered twice.
+    The folder of a saved dataset stands for its files. Links to folders are followed, but none is entered twice; hidden
+    files and folders are left out.
     `on_error` is called where a folder cannot be listed, which is left out otherwise.
     """
     if not source.is_dir() or _is_dataset(source):
@@ -91,21 +92,16 @@ def source_files(source: Path, on_error: Callable[[OSError], None] | None = None
 def unread_files(source: Path) -> dict[str, int]:
     """How many files of a folder have an ending that is not read (`.docx`, or none), by ending. Local.
 
-    The most first, without hidden files and folders.
+    The most first.
     """
     if not source.is_dir() or _is_dataset(source):
         return {}
-    found = Counter(
-        file.suffix.lower()
-        for _, files in _walk(source, None)
-        for file in files
-        if not any(part.startswith(".") for part in file.relative_to(source).parts)
-    )
+    found = Counter(file.suffix.lower() for _, files in _walk(source, None) for file in files)
     return {ending: found[ending] for ending in sorted(found, key=lambda e: (-found[e], e)) if ending not in ENDINGS}
 
 
 def _walk(source: Path, on_error: Callable[[OSError], None] | None) -> Iterator[tuple[list[Path], list[Path]]]:
-    """The saved datasets and the files of each folder in a folder, itself included."""
+    """The saved datasets and the files of each folder in a folder, itself included; none that is hidden."""
     seen = set()
     for name, folders, files in os.walk(source, onerror=on_error, followlinks=True):
         folder = Path(name)
@@ -113,10 +109,10 @@ def _walk(source: Path, on_error: Callable[[OSError], None] | None) -> Iterator[
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         datasets = [inner for inner in folders if _is_dataset(folder / inner)]
         folders[:] = [inner for inner in folders if inner not in datasets]
-        yield [folder / inner for inner in datasets], [folder / file for file in files]
+        yield [folder / inner for inner in datasets], [folder / file for file in files if not file.startswith(".")]
 
 
 def _refuse(error: OSError) -> NoReturn:

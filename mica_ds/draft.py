@@ -22,7 +22,7 @@ from typing import Any
 from mica_ds import comm
 from mica_ds.documents import Broken, Document, find_files, read, refusal, split, where_all
 from mica_ds.errors import UserError
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.questions import ASKING, GAP
 
 WRONG = 3  # options besides the right one
@@ -182,8 +182,7 @@ def write_jsonl(rows: list[dict[str, Any]], file: Path) -> None:
     """Write a file, whole or not at all. Local, on one rank. Raises: UserError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial:
-            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
 

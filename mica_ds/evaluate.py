@@ -17,7 +17,7 @@ from mica_ds.config import EvaluateSettings
 from mica_ds.documents import read_documents
 from mica_ds.encoding import without_end
 from mica_ds.errors import UserError
-from mica_ds.files import replacing
+from mica_ds.files import remove_abandoned, replace_text
 from mica_ds.inference import Likelihood, Runner, Sequence
 from mica_ds.questions import Choice, Open, prompt, read_questions
 from mica_ds.scores import Scores, perplexity
@@ -124,8 +124,8 @@ class Evaluator:
         if comm.is_main():
             with suppress(OSError):  # the next start scores it again
                 files[-1].parent.mkdir(parents=True, exist_ok=True)
-                with replacing(files[-1], is_shared=True) as partial:
-                    partial.write_text(json.dumps(found.as_dict()), encoding="utf-8")
+                remove_abandoned(files[-1].parent)
+                replace_text(files[-1], json.dumps(found.as_dict()), is_shared=True)
         return found
 
     def _prompts(self) -> list[list[int]]:

@@ -4,13 +4,13 @@ An owner gives its helper the last quarter of T's columns (T as in `factor`), un
 sums the Gram of its part, and the helper gives its one back, strip by strip, and then the diagonal.
 """
 
-import ctypes
 import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from mica_ds import comm, factor, solver, symmetric
@@ -115,7 +115,7 @@ def sum_grams(shards: list[Shard], owners: list[int], r: int) -> Iterator[tuple[
     for first in range(0, len(shards), ranks):
         yield from _sum_round(shards, owners, range(first, min(first + ranks, len(shards))), r)
         # glibc keeps what was freed, up to a Gram and more (measured), while the next round or a shipped W needs room.
-        ctypes.CDLL(None).malloc_trim(0)
+        psutil.heap_trim()
 
 
 def _sum_round(

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +21,6 @@ def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     power cut the file may be the earlier one, but not empty.
     """
     unfinished = partial(file) if is_shared else file.with_name(f"{file.name}.partial")
-    for left in abandoned(file) if is_shared else []:
-        with suppress(OSError):  # another user's, perhaps
-            left.unlink()
     try:
         yield unfinished
         sync(unfinished)
@@ -30,6 +28,12 @@ def replacing(file: Path, is_shared: bool = False) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def replace_text(file: Path, text: str, is_shared: bool = False) -> None:
+    """Write a text file by `replacing`. Local."""
+    with replacing(file, is_shared) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
@@ -44,14 +48,19 @@ def partial(target: Path) -> Path:
     return target.with_name(f"{target.name}.{socket.gethostname()}-{os.getpid()}.partial")
 
 
-def abandoned(target: Path) -> list[Path]:
-    """What is left at names that `partial` gave to processes of this host which are gone. Local.
+def remove_abandoned(folder: Path) -> None:
+    """Remove what is left in a folder at names that `partial` gave to processes of this host which are gone. Local.
 
     Those of other hosts may still write: not every file system's locks reach over hosts.
     """
-    name = re.compile(re.escape(f"{target.name}.{socket.gethostname()}-") + r"(\d+)\.partial")
-    found = ((file, name.fullmatch(file.name)) for file in target.parent.iterdir())
-    return [file for file, match in found if match and not psutil.pid_exists(int(match[1]))]
+    name = re.compile(rf".+\.{re.escape(socket.gethostname())}-(\d+)\.partial")
+    for left in list(folder.iterdir()):
+        if (match := name.fullmatch(left.name)) and not psutil.pid_exists(int(match[1])):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with suppress(OSError):  # another user's, or another rank was faster
+                    left.unlink()
 
 
 def file_hash(file: Path) -> str:

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.statistics import Interval, mean_interval, paired_interval
 
 _NOISE = 1e-3  # by what the base model's perplexity may differ between numbers of ranks, relative
@@ -106,8 +106,7 @@ def read_run(run: Run) -> Result:
 
 def write_results(results: list[Result], file: Path) -> None:
     """Write results, one a line, whole or not at all. Local."""
-    with replacing(file) as partial:
-        partial.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
+    replace_text(file, "".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in results))
 
 
 def read_results(file: Path) -> list[Result]:

@@ -1,6 +1,5 @@
 """Out of memory: what to change, from the sizes at hand."""
 
-import ctypes
 import errno
 import gc
 import re
@@ -9,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 
 from mica_ds import comm
@@ -71,7 +71,7 @@ def hint(config: Config, phase: str) -> str:
 def trim() -> None:
     """Give back to the system what has been freed, but is kept by Python's cycles and by glibc. Local; some 0.1 s."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    psutil.heap_trim()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

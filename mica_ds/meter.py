@@ -2,7 +2,6 @@
 
 import os
 import re
-import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -38,8 +37,7 @@ def peak_rss() -> int:
 
 def rss() -> int:
     """The memory that this process has resident now, in bytes. Local."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    return psutil.Process().memory_info().rss
 
 
 def flops_per_token(model: Any, sequence_length: int) -> float:

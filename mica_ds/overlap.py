@@ -12,7 +12,7 @@ from mica_ds.config import Config
 from mica_ds.data import Sequences, Texts
 from mica_ds.documents import unread_files
 from mica_ds.encoding import SHINGLE, SIGNATURE, hash_ngrams, hash_words
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.questions import read_statements
 from mica_ds.tokens import Tokens
 
@@ -59,8 +59,7 @@ def examine(config: Config, dataset: Sequences) -> dict[str, Any]:
 def write_report(found: dict[str, Any], folder: Path) -> Path:
     """Write `data.json`, whole or not at all, and return its path. Local, on one rank."""
     file = folder / REPORT
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(found, indent=1))
+    replace_text(file, json.dumps(found, indent=1))
     return file
 
 

@@ -15,7 +15,7 @@ from mica_ds.basis import warnings
 from mica_ds.config import Config
 from mica_ds.documents import source_files, stored_files
 from mica_ds.export import export_folder
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.scores import course
 from mica_ds.statistics import accuracy_interval, points
 from mica_ds.weights import open_checkpoint
@@ -91,8 +91,7 @@ def write_page(
         versions={name: version(name) for name in _PACKAGES},
     )
     file = config.output_dir / PAGE
-    with replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    replace_text(file, text)
     return file
 
 
@@ -122,7 +121,7 @@ def _scores(summary: dict[str, Any], history: list[dict[str, float]]) -> dict[st
 
 def _knowledge(share: float, questions: int) -> Knowledge:
     right = round(share * questions)
-    return Knowledge(share, right, *accuracy_interval([True] * right + [False] * (questions - right)))
+    return Knowledge(share, right, *accuracy_interval(right, questions))
 
 
 def _texts(config: Config) -> list[TextSource]:

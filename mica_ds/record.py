@@ -13,7 +13,7 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
 from mica_ds.config import Config
 from mica_ds.errors import UserError
-from mica_ds.files import replacing
+from mica_ds.files import replace_text, replacing
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
@@ -45,7 +45,7 @@ def record_beginning(config: Config, about_data: dict[str, Any], tracker: Tracke
         if comm.is_main():
             with writing(folder):
                 save_settings(config, folder / "config.yaml")
-                (folder / "environment.txt").write_text(environment())
+                replace_text(folder / "environment.txt", environment())
                 tracker.artifact(write_report(about_data, folder))
             for file in (folder / "config.yaml", folder / "environment.txt", config.deepspeed):
                 tracker.artifact(file)

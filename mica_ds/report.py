@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mica_ds.config import Config
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.tracking import pages_command
 
 SUMMARY, EVALUATION = "summary.json", "evaluation.json"
@@ -25,8 +25,7 @@ def write_evaluation(evaluated: dict[str, Any], folder: Path) -> Path:
 
 
 def _write(content: dict[str, Any], file: Path) -> Path:
-    with replacing(file) as partial:
-        partial.write_text(json.dumps(content, indent=1))
+    replace_text(file, json.dumps(content, indent=1))
     return file
 
 

@@ -19,7 +19,7 @@ from mica_ds.data import Sequences
 from mica_ds.errors import UserError
 from mica_ds.evaluate import Evaluator
 from mica_ds.export import export_folder
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.fingerprint import WEIGHTS, fingerprint_model
 from mica_ds.model import persistent_buffers
 from mica_ds.report import SUMMARY
@@ -80,8 +80,7 @@ def note_job(folder: Path) -> None:
     """Note that this SLURM job has begun its run, for `restarted`. Local, on rank 0."""
     file, number = folder / _JOB, os.environ.get("SLURM_JOB_ID")
     if number and not (file.is_file() and file.read_text() == number):
-        with replacing(file) as partial:
-            partial.write_text(number)
+        replace_text(file, number)
 
 
 def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Path | None, int, bool]:

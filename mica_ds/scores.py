@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mica_ds.files import replacing
+from mica_ds.files import replace_text
 from mica_ds.statistics import accuracy_interval, paired_interval
 
 FOLDER = "evaluation"
@@ -60,8 +60,7 @@ def write_rows(rows: list[dict[str, Any]], folder: Path, name: str) -> None:
         return
     file = folder / FOLDER / f"{name}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    with replacing(file) as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def remove_rows(folder: Path, after: int) -> None:
@@ -82,7 +81,8 @@ def compare(before: Scores | None, after: Scores) -> dict[str, Any]:
         summary |= {f"{measure}_{time}": found.get(measure) for measure in MEASURES}
         for measure in found.keys() & {"knowledge", "knowledge_normalised", "exact_match"}:
             assert scores
-            intervals[f"{measure}_{time}"] = list(accuracy_interval([mark == 1 for mark in scores.marks(measure)]))
+            marks = scores.marks(measure)
+            intervals[f"{measure}_{time}"] = list(accuracy_interval(marks.count(1), len(marks)))
     for measure in _SHARES:
         if before and (marks := before.marks(measure)):
             changes[measure] = list(paired_interval(marks, after.marks(measure)))

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mica_ds.errors import UserError
+from mica_ds.files import replace_text
 from mica_ds.stores import holds_secret, sets_secret
 
 
@@ -41,8 +42,8 @@ def read_settings(kind: type[Kind], path: Path, overrides: list[str] | None = No
 
 
 def save_settings(settings: Section, path: Path) -> None:
-    """Write the resolved settings as YAML that reads back to the same. Local."""
-    path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    """Write the resolved settings, whole or not at all, as YAML that reads back to the same. Local."""
+    replace_text(path, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -139,7 +139,7 @@ def rotate(folder: Path, keep: int, ranked: list[int]) -> None:
     """
     checkpoints = _all(folder)
     stored = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}
-    best = next((stored[step] for step in ranked if step in stored), min(checkpoints, key=_loss))
+    best = next((stored[step] for step in ranked if step in stored), None) or min(checkpoints, key=_loss)
     for checkpoint in checkpoints[:-keep]:
         if checkpoint != best:
             _remove(checkpoint)

@@ -11,16 +11,16 @@ Interval = tuple[float, float, float]
 """A mean and the ends of its 95 % interval."""
 
 
-def accuracy_interval(right: Sequence[bool]) -> tuple[float, float]:
-    """Wilson's 95 % interval of the share of questions answered right. Local.
+def accuracy_interval(right: int, questions: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the share of so many questions that were answered right. Local.
 
     Raises: ValueError without questions.
     """
     from scipy.stats import binomtest  # half a second, which only the rank that reports spends
 
-    if not len(right):
+    if not questions:
         raise ValueError("an interval needs at least one question")
-    interval = binomtest(int(sum(right)), len(right)).proportion_ci(method="wilson")
+    interval = binomtest(right, questions).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 

@@ -118,7 +118,7 @@ def _manager() -> Any:
 def _compared(before: list[float] | None, after: list[float]) -> dict[str, Any]:
     found: dict[str, Any] = {"questions": len(after), "after": sum(after) / len(after)}
     if set(after) <= {0.0, 1.0}:
-        found["interval_after"] = list(accuracy_interval([value == 1 for value in after]))
+        found["interval_after"] = list(accuracy_interval(after.count(1), len(after)))
     if before is not None:
         found |= {"before": sum(before) / len(before), "change": list(paired_interval(before, after))}
     return found

@@ -4,6 +4,7 @@ A cache entry is a folder named by a SHA-256 of the contents of a source's files
 or not at all, and serves every sequence length, run and job. What its files hold is `encoding.Encoded`, end to end.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from mica_ds.contents import hash_files
 from mica_ds.documents import find_files, refusal, stored_files, where, where_all
 from mica_ds.encoding import SIGNATURE
 from mica_ds.errors import UserError
-from mica_ds.files import abandoned, locked, partial, sync
+from mica_ds.files import locked, partial, remove_abandoned, sync
 from mica_ds.workers import encode_files
 
 _VERSION = 3
@@ -121,8 +122,7 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
         with locked(lock, lambda: comm.say(f"data: another job tokenises {key} into {folder}; waiting for it")) as held:
             if _is_whole(folder):
                 return
-            for left in abandoned(folder):
-                shutil.rmtree(left, ignore_errors=True)
+            remove_abandoned(folder.parent)
             if held:  # otherwise another job may have made it whole just now
                 shutil.rmtree(folder, ignore_errors=True)
             unfinished = partial(folder)
@@ -140,6 +140,8 @@ def _fill(folder: Path, files: list[Path], key: str, tokenizer: PreTrainedTokeni
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EAGAIN):  # of a process that could not be started
+            raise
         raise UserError(f"data.cache: {folder.parent} cannot be written: {error.strerror or error}") from None
 
 

@@ -38,7 +38,16 @@ def test_folders_and_formats_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "b" / "two.md").write_text("second")
     (tmp_path / "a.TXT").write_text("first", encoding="utf-8-sig")
     (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth\\u2028\\ud800", "source": "x"}\n')
-    for unread in ("ignored.bin", "b/one.DOCX", "b/two.docx", "b/README", ".hidden.docx", "b/.git/index"):
+    for unread in (
+        "ignored.bin",
+        "b/one.DOCX",
+        "b/two.docx",
+        "b/README",
+        ".hidden.docx",
+        "b/.git/index",
+        "b/._notes.txt",
+        ".ipynb_checkpoints/notes.md",
+    ):
         (tmp_path / unread).parent.mkdir(exist_ok=True)
         (tmp_path / unread).write_bytes(b"\0")
     write_pdf(tmp_path / "d.pdf", "The press stands\nin Torvane.", "", "Built in 1911.")

@@ -77,17 +77,8 @@ def test_as_many_ranks_as_were_asked_for(variables: dict[str, str], ranks: int, 
 
 
 @pytest.mark.parametrize(
-    ("verb", "seconds"), [("train", 300), ("basis", 60), ("evaluate", None), ("export", None), ("doctor", None)]
-)
-def test_a_job_is_told_before_its_time_ends(verb: str, seconds: int | None) -> None:
-    script = (ROOT / f"slurm/{verb}.sbatch").read_text()
-    assert ("#SBATCH --requeue\n" in script) is (verb != "doctor")
-    assert (f"#SBATCH --signal=USR1@{seconds}\n" in script) is bool(seconds)
-
-
-@pytest.mark.parametrize(
     ("code", "lost", "is_requeued"),
-    [(0, 0, False), (2, 0, False), (75, 0, True), (1, 0, False), (137, 1, True)],
+    [(0, 0, False), (2, 1, False), (75, 0, True), (1, 0, False), (137, 1, True)],
 )
 def test_a_job_is_requeued_after_a_signal_or_the_loss_of_a_node(
     code: int, lost: int, is_requeued: bool, tmp_path: Path

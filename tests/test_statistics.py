@@ -11,7 +11,7 @@ from mica_ds.statistics import accuracy_interval, paired_interval
 
 @pytest.mark.parametrize("questions", [10, 72])
 def test_wilson_covers_the_true_accuracy(questions: int) -> None:
-    intervals = [accuracy_interval([True] * n + [False] * (questions - n)) for n in range(questions + 1)]
+    intervals = [accuracy_interval(n, questions) for n in range(questions + 1)]
     coverages = []
     for truth in np.linspace(0.05, 0.95, 19):
         chances = binom.pmf(range(questions + 1), questions, truth)
@@ -61,7 +61,7 @@ def test_no_spread_is_not_taken_for_certainty() -> None:
     mean, low, high = paired_interval([0] * 10, [1] * 10)
     assert mean == high == 1
     assert 0.4 < low < 0.9
-    low, high = accuracy_interval([True] * 5)
+    low, high = accuracy_interval(5, 5)
     assert high == 1
     assert 0.5 < low < 0.6
     widths = [high - low for _, low, high in (paired_interval([0.5] * n, [0.5] * n) for n in (1, 10, 100, 1000))]
@@ -81,4 +81,4 @@ def test_what_cannot_be_paired_is_refused(before: list[float], after: list[float
     with pytest.raises(ValueError):  # noqa: PT011
         paired_interval(before, after)
     with pytest.raises(ValueError, match="at least one"):
-        accuracy_interval([])
+        accuracy_interval(0, 0)
