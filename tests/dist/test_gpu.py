@@ -86,3 +86,10 @@ def test_ligers_kernels(config: Path, on_the_cpu: Run, tmp_path: Path) -> None:
 def test_a_fingerprint_is_the_same_wherever_the_weight_lies(start: int) -> None:
     values = torch.randn(300 * (1 << 16) + 3).bfloat16()
     assert int(mixed_sum(values.cuda(), start)) == int(mixed_sum(values, start))
+
+
+def test_a_rank_without_a_gpu_of_its_own_is_told(config: Path, tmp_path: Path) -> None:
+    ranks = torch.cuda.device_count() + 1
+    finished = start_fresh_ranks(ranks, ["train", str(config), f"output_dir={tmp_path}/run"], "mica_ds")
+    assert finished.codes == [2] * ranks, finished.output
+    assert f"sees {ranks - 1} GPUs: start one rank a GPU" in finished.output
