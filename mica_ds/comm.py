@@ -45,7 +45,9 @@ def start(is_watched: bool = False) -> None:
     global _group
     process.heed_accelerator()
     process.find_ranks()
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        process.require_own_gpu()
+    else:
         process.require_no_gpu()
         process.require_compiler()  # DeepSpeed compiles its shared-memory collectives
         # Where all ranks are on one machine, DeepSpeed (0.19.8) would keep 66 MiB a rank in /dev/shm for those, also
@@ -63,16 +65,9 @@ def start(is_watched: bool = False) -> None:
             _watch()
     except (dist.DistNetworkError, dist.DistStoreError) as error:  # not NCCL's own, which says more
         raise UserError(process.why_apart(error)) from None
-    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() if torch.cuda.is_available() else None
-    if gpus and local < gpus:
-        torch.cuda.set_device(local)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)  # meets without a limit, too
-    with failing_together():
-        if gpus and local >= gpus:
-            raise UserError(
-                f"rank {rank()} is number {local} on {socket.gethostname()} (from 0), but sees {gpus} GPUs: start one "
-                "rank a GPU, and let each see all of its node's (no --gpus-per-task, no --gpu-bind)"
-            )
     place = process.own_cores()
     places = gather(place)
     process.share_cores(places.count(place))

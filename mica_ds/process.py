@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -34,6 +35,7 @@ def find_ranks() -> None:
     }
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
         os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
+        os.environ["LOCAL_SIZE"] = re.split("[(,]", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0]  # of 8(x2)
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     if os.environ["WORLD_SIZE"] == "1":
@@ -103,6 +105,20 @@ def _lists_gpus() -> bool:
         return b"GPU" in subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
+
+
+def require_own_gpu() -> None:
+    """Raise a UserError where a node has more ranks than this one sees GPUs. Local, alike on all ranks of the node.
+
+    Each takes the GPU of its local rank, as DeepSpeed does.
+    """
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, or DeepSpeed's and srun's
+    ranks, gpus = int(told or int(os.environ["LOCAL_RANK"]) + 1), torch.cuda.device_count()
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks on {socket.gethostname()}, but each sees {gpus} of its GPUs: start one rank a GPU, and let "
+            "each see all of them (without --gpus-per-task and --gpu-bind)"
+        )
 
 
 def require_compiler(for_nvme: bool = False) -> None:

@@ -47,15 +47,20 @@ def test_a_port_that_is_listened_on_is_not_free(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.setenv(name, "")  # so that they are restored
         monkeypatch.delenv(name)
     given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16"}
-    given["SLURM_NTASKS"] = "64"  # the job's
+    given |= {"SLURM_NTASKS": "64", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}  # the first is the job's
     for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     process.find_ranks()
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    process.require_own_gpu()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as with --gpus-per-task
+    with pytest.raises(UserError, match=r"8 ranks on .*, but each sees 1 of its GPUs: start one rank a GPU"):
+        process.require_own_gpu()
 
 
 @pytest.mark.parametrize(("asked", "visible"), [("cpu", ""), ("cuda", "0,1"), (None, "0,1")])
@@ -78,7 +83,8 @@ def test_no_gpu_is_seen_where_deepspeed_shall_use_none(
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
     monkeypatch.setattr(process, "find_ranks", lambda: None)
-    monkeypatch.setattr(process, "require_compiler", lambda: None)
+    for name in ("require_compiler", "require_own_gpu"):
+        monkeypatch.setattr(process, name, lambda: None)
     monkeypatch.setattr(process, "load_deepspeed", stop)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(InterruptedError):  # not the UserError of `require_no_gpu`

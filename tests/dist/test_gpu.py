@@ -90,6 +90,7 @@ def test_a_fingerprint_is_the_same_wherever_the_weight_lies(start: int) -> None:
 
 def test_a_rank_without_a_gpu_of_its_own_is_told(config: Path, tmp_path: Path) -> None:
     ranks = torch.cuda.device_count() + 1
-    finished = start_fresh_ranks(ranks, ["train", str(config), f"output_dir={tmp_path}/run"], "mica_ds")
+    arguments = ["train", str(config), f"output_dir={tmp_path}/run"]
+    finished = start_fresh_ranks(ranks, arguments, "mica_ds", LOCAL_WORLD_SIZE=str(ranks))
     assert finished.codes == [2] * ranks, finished.output
-    assert f"sees {ranks - 1} GPUs: start one rank a GPU" in finished.output
+    assert f"sees {ranks - 1} of its GPUs: start one rank a GPU" in finished.output
