@@ -158,7 +158,7 @@ class Config(Section):
     """Go on from the run folder's newest good checkpoint if there is one, begin again, or go on from this one."""
     capacity: Literal["refuse", "warn"] = "refuse"
     """What `train` does where its plan says that the run does not fit these machines."""
-    patience: PositiveFloat = PATIENCE
+    patience: float = Field(default=PATIENCE, ge=5, allow_inf_nan=False)
     """Seconds after a rank's last sign of life (it was stopped, or its host lost) in which the others end."""
 
 

@@ -18,8 +18,8 @@ def hash_files(files: list[Path], index: Path) -> dict[Path, str]:
     Of a file that cannot be read, why.
     """
     known: dict[str, list[Any]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(index.read_text())
+    with suppress(OSError, ValueError, TypeError):
+        known = dict(json.loads(index.read_text()))
     with ThreadPoolExecutor() as threads:
         found = list(threads.map(lambda file: _look(file, known), files))
     fresh = {str(file.absolute()): looks for file, looks in zip(files, found, strict=True) if looks[0] is not None}

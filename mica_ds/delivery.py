@@ -12,9 +12,9 @@ from itertools import groupby, islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mica_ds.files import locked, replace_text
+from mica_ds.files import locked, remove_abandoned, replace_text, replacing
 from mica_ds.journal import Line, Reader
-from mica_ds.stores import database_file
+from mica_ds.stores import SQLITE, database_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -101,7 +101,11 @@ class Delivery:
     def _connect(self) -> "MlflowClient":
         import mlflow  # takes seconds, and memory
 
-        with _alone(self._uri):
+        with _alone(self._uri) as database:
+            if database and not database.exists():
+                remove_abandoned(database.parent)
+                with replacing(database, is_shared=True) as unfinished:  # a half-made one would stay useless
+                    mlflow.MlflowClient(tracking_uri=f"{SQLITE}{unfinished}")
             client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
             self._receipt = dict(_NOTHING)  # deleted, or another store than before at the same address: all over again
@@ -242,15 +246,18 @@ def _is_active(client: "MlflowClient", run: str) -> bool:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keep others from making a SQLite store at the same time: they spoil each other's tables (MLflow 3.17)."""
+def _alone(uri: str) -> Iterator[Path | None]:
+    """Keep others from making a SQLite store at the same time: they spoil each other's tables (MLflow 3.17).
+
+    Gives its file; None for other stores.
+    """
     database = database_file(uri)
     if database is None:
-        yield
+        yield None
         return
     database.parent.mkdir(parents=True, exist_ok=True)
     with locked(database.with_name(f"{database.name}.lock")):
-        yield
+        yield database
 
 
 def unsent(folder: Path, uri: str) -> int:
@@ -263,6 +270,7 @@ def unsent(folder: Path, uri: str) -> int:
 def _receipts(folder: Path) -> dict[str, dict[str, Any]]:
     """By URI: how many lines it has, the time of the last, of which journal that was, and its run."""
     try:
-        return json.loads((folder / RECEIPTS).read_text())
+        found = json.loads((folder / RECEIPTS).read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -113,8 +113,8 @@ class Evaluator:
             return self.score(engine)
         known: list[tuple[Path, dict[str, Any]]] = []
         for file in files if comm.is_main() else []:
-            with suppress(OSError, ValueError):  # there is none, or a power cut has left it empty
-                known.append((file, json.loads(file.read_text(encoding="utf-8"))))
+            with suppress(OSError, ValueError, TypeError):  # there is none, or it is damaged
+                known.append((file, dict(json.loads(file.read_text(encoding="utf-8")))))
         if known := comm.gather(known)[0]:
             file, scores = known[0]
             comm.say(f"evaluation: the base model's scores are known, from {file}")

@@ -105,6 +105,8 @@ class Journal:
         """Lines of the file and of what waits; starts of the run."""
         self.run: str | None = None
         """Id of the run that the last lines are of."""
+        self.uri: str | None = None
+        """Of the store that the run's last start has named."""
         self.params: dict[str, Any] = {}
         self.status: str | None = "none yet"
         """How the last attempt has ended; None while it goes on."""
@@ -196,7 +198,7 @@ class Journal:
             case "params":
                 self.params |= line["values"]
             case "start":
-                self.attempt, self.status = line["attempt"], None
+                self.attempt, self.uri, self.status = line["attempt"], line["uri"], None
             case "end":
                 self.status = line["status"]
 

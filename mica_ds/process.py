@@ -25,7 +25,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 def find_ranks() -> None:
     """Set RANK, LOCAL_RANK and WORLD_SIZE where the launcher has not, as srun says or for one rank alone. Local.
 
-    Raises: UserError where there are several ranks, and no place to meet that this host knows.
+    Raises: UserError where these are no numbers, or there are several ranks and no place to meet that this host knows.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     slurm = {
@@ -36,8 +36,16 @@ def find_ranks() -> None:
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
         os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
         os.environ["LOCAL_SIZE"] = re.split("[(,]", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0]  # of 8(x2)
+    is_mpi = "RANK" not in os.environ and os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
     for key, value in alone.items():
         os.environ.setdefault(key, value)
+    if is_mpi:
+        raise UserError(
+            "mpirun sets no RANK, LOCAL_RANK and WORLD_SIZE: start the ranks by torchrun, deepspeed or srun"
+        )
+    for key in alone:
+        if not os.environ[key].isdecimal():
+            raise UserError(f"{key}={os.environ[key]} in the environment is no number: take it out, or set it right")
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))

@@ -43,6 +43,7 @@ from mica_ds.resume import (
     frozen_tensors,
     is_complete,
     is_own,
+    landmarks,
     made_of,
     restarted,
     start_point,
@@ -76,6 +77,7 @@ def train(config: Config) -> None:
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     about_data = examine_data(config, dataset)
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
+    there = landmarks(folder)
     checkpoint, step, is_over = start_point(config, origin, steps)
     past = step if is_own(checkpoint, config) else -1
     if is_over and past == step and is_complete(config, step):
@@ -87,9 +89,14 @@ def train(config: Config) -> None:
     origin |= checked_weights(config, model, checkpoint)
     modules = _targets(config, model)
     settings = config.model_dump(mode="json")
-    with Tracker(folder, config.tracking, settings, begins_anew=config.resume == "never") as tracker:
+
+    def check() -> None:
+        if landmarks(folder) != there:
+            raise UserError(f"output_dir: another run has worked in {folder} since this one has looked: start again")
+
+    with Tracker(folder, config.tracking, settings, config.resume == "never", check) as tracker:
         # Once all that a user may have got wrong has been checked, and no other job is at work in the folder.
-        discard_after(past, folder)
+        discard_after(past, config)
         record_beginning(config, about_data, tracker)
         basis = _bases(config, PartitionSource(modules)) if config.adapter.method == "mica" else None
         if basis:

@@ -1,5 +1,6 @@
 """What a run leaves in its folder and in MLflow: settings when it begins; plots, report and summary at its end."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
 from mica_ds.config import Config
 from mica_ds.errors import UserError
-from mica_ds.files import replace_text, replacing
+from mica_ds.files import partial, replace_text, replacing
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
@@ -30,11 +31,13 @@ def open_run_folder(config: Config) -> Path:
     with comm.failing_together():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".probe-{comm.rank()}"
-            probe.touch()
-            probe.unlink()
+            for inner in (folder, folder / "checkpoints"):
+                if os.path.lexists(inner):
+                    probe = partial(inner / ".probe")
+                    probe.touch()
+                    probe.unlink()
         except OSError as error:
-            raise UserError(f"output_dir: {folder} cannot be written: {error.strerror}") from None
+            raise UserError(f"output_dir: {error.filename or folder} cannot be written: {error.strerror}") from None
     return folder
 
 
@@ -52,12 +55,14 @@ def record_beginning(config: Config, about_data: dict[str, Any], tracker: Tracke
             tracker.metrics(counts(about_data))
 
 
-def discard_after(step: int, folder: Path) -> None:
+def discard_after(step: int, config: Config) -> None:
     """Begin: remove what an earlier start has left of later steps, and its summary. Collective. Raises: UserError."""
+    folder = config.output_dir
     with comm.failing_together():
         if comm.is_main():
             with writing(folder):
-                remove_checkpoints(folder / "checkpoints", after=step)
+                # Later ones than the newest good one are damaged.
+                remove_checkpoints(folder / "checkpoints", after=step, are_damaged=config.resume == "auto")
                 remove_rows(folder, after=step)
                 (folder / SUMMARY).unlink(missing_ok=True)
                 note_job(folder)
@@ -75,8 +80,8 @@ def save_probe(model: nn.Module, ids: list[int], folder: Path) -> None:
     found = {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}
     with comm.failing_together():
         if comm.is_main():
-            with writing(folder), replacing(folder / "probe.safetensors") as partial:
-                save_file(found, partial)
+            with writing(folder), replacing(folder / "probe.safetensors") as unfinished:
+                save_file(found, unfinished)
 
 
 def trained(checkpoint: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Whether a run begins, goes on or is over, and what a checkpoint must agree with for that."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -24,10 +25,19 @@ from mica_ds.fingerprint import WEIGHTS, fingerprint_model
 from mica_ds.model import persistent_buffers
 from mica_ds.report import SUMMARY
 from mica_ds.scores import MEASURES, Scores
-from mica_ds.shelf import STATE, check_origin, checkpoint_folder, find_best, find_checkpoint, read_state
+from mica_ds.shelf import (
+    STATE,
+    check_origin,
+    checkpoint_folder,
+    checkpoints_in,
+    find_best,
+    find_checkpoint,
+    read_state,
+)
 
 _JOB = "slurm-job"  # holds the number of the SLURM job that has begun a run
 _SCORED = "evaluate (SHA-256 of its questions and text)"
+_UNRELATED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
 def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluator: Evaluator) -> dict[str, Any]:
@@ -40,7 +50,15 @@ def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluat
         "train.data_seed": args.data_seed,
         "data (SHA-256 of its tokens)": dataset.digest(),
         _SCORED: evaluator.digest,  # scores before and after are of the same
+        "model.path (SHA-256 of its config.json)": _architecture(config),
     }
+
+
+def _architecture(config: Config) -> str:
+    """The SHA-256 of what a model's config.json says of its forward."""
+    found = json.loads((config.model.path / "config.json").read_text())
+    about = {key: value for key, value in found.items() if key not in _UNRELATED}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
@@ -97,7 +115,16 @@ def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Pat
         is_over = step >= steps or is_out_of_patience(read_history(checkpoint), config.evaluate)
     if not is_over:
         comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
+    elif step > steps:
+        comm.say(f"warning: resume: {checkpoint} has more than the {steps} steps that are asked for, and is the end")
     return checkpoint, step, is_over
+
+
+def landmarks(folder: Path) -> list[Any]:
+    """What tells whether another run has worked in a run folder between two looks. Local, on one rank."""
+    summary = folder / SUMMARY
+    names = [checkpoint.name for checkpoint in checkpoints_in(folder / "checkpoints")]
+    return [names, summary.stat().st_mtime_ns if summary.exists() else None]
 
 
 def exported_checkpoint(config: Config, last: Path, history: list[dict[str, float]]) -> Path:
@@ -150,7 +177,7 @@ def base_scores(config: Config, evaluator: Evaluator, engine: nn.Module, checkpo
 def is_complete(config: Config, step: int) -> bool:
     """Whether the run folder holds all that the last step leaves: the summary is written last. Collective."""
     is_summed_up = _read_summary(config).get("steps") == step
-    return comm.gather(is_summed_up and export_folder(config).is_dir())[0]
+    return comm.gather(is_summed_up and any(export_folder(config).glob("*.safetensors")))[0]
 
 
 def is_own(checkpoint: Path | None, config: Config) -> bool:
@@ -165,9 +192,12 @@ def is_own(checkpoint: Path | None, config: Config) -> bool:
 
 
 def _read_summary(config: Config) -> dict[str, Any]:
-    """What a finished run came to; empty where it is not finished."""
-    file = config.output_dir / SUMMARY
-    return json.loads(file.read_text()) if file.exists() else {}
+    """What a finished run came to; empty where it is not finished, or the file is damaged."""
+    try:
+        found = json.loads((config.output_dir / SUMMARY).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def attach(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from mica_ds.errors import UserError
 from mica_ds.files import file_hash, sync
 
 STATE = "state.json"
-_PARTIAL = ".partial"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
 _KINDS = (".safetensors", ".json")  # of a checkpoint's files: transformers would unpickle some others
 
 
@@ -27,7 +28,14 @@ def checkpoint_folder(folder: Path, step: int) -> tuple[Path, Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was told about a checkpoint, and its steps. Local."""
+    """What `save_checkpoint` was told about a checkpoint, and its steps. Local. Raises: UserError where it is gone."""
+    try:
+        return _read_state(checkpoint)
+    except FileNotFoundError:
+        raise UserError(f"{checkpoint} was removed meanwhile, by a run that goes on there: start again") from None
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text())
 
 
@@ -54,8 +62,8 @@ def find_checkpoint(folder: Path, chosen: Path | None = None) -> Path | None:
                 raise UserError(f"resume: {fault}")
             found = chosen
         elif comm.is_main():
-            found = _first_whole(list(reversed(_all(folder))), "the checkpoint before it")
-            if found is None and _all(folder):
+            found = _first_whole(checkpoints_in(folder)[::-1], "the checkpoint before it")
+            if found is None and checkpoints_in(folder):
                 raise UserError(f"none of the checkpoints in {folder} is whole; resume=never begins again without them")
     return comm.gather(found)[0]
 
@@ -65,7 +73,7 @@ def find_best(folder: Path, ranked: list[int]) -> Path | None:
     found = None
     with comm.failing_together():
         if comm.is_main():
-            stored = {step_of(checkpoint): checkpoint for checkpoint in _all(folder)}
+            stored = {step_of(checkpoint): checkpoint for checkpoint in checkpoints_in(folder)}
             found = _first_whole([stored[step] for step in ranked if step in stored], "the next best one")
     return comm.gather(found)[0]
 
@@ -74,36 +82,46 @@ def _first_whole(checkpoints: list[Path], instead: str) -> Path | None:
     for checkpoint in checkpoints:
         if not (fault := _fault(checkpoint)):
             return checkpoint
-        comm.say(f"warning: {fault}; {instead} is used")
+        comm.say(f"warning: {fault}" + (f"; {instead} is used" if checkpoint != checkpoints[-1] else ""))
     return None
 
 
 def check_origin(checkpoint: Path, origin: dict[str, Any]) -> None:
     """Refuse a checkpoint that was made with other settings or weights than these, by their keys. Local.
 
-    Raises: UserError.
+    A key is left out that an earlier version did not note. Raises: UserError.
     """
     found = read_state(checkpoint)["origin"]
     for key, value in origin.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{checkpoint} was trained with {key}={found.get(key)}, but now it is {value}: "
-                "set it back, or train afresh with resume=never"
-            )
+        if found.get(key, value) == value:
+            continue
+        name, is_digest, of = key.partition(" (SHA-256 of ")
+        differs = f"{key}={found[key]}, but now it is {value}"
+        if is_digest:
+            differs = f"other contents of {name}, by {of.removesuffix(')')}"
+        raise UserError(f"{checkpoint} was trained with {differs}; set that back, or train afresh with resume=never")
 
 
-def remove_checkpoints(folder: Path, after: int) -> None:
-    """Remove the checkpoints of later steps, and what an interrupted writer has left. Local, on one rank."""
+def remove_checkpoints(folder: Path, after: int, are_damaged: bool = False) -> None:
+    """Remove the checkpoints of later steps, and what an interrupted writer has left. Local, on one rank.
+
+    Those that `are_damaged` are kept under another name, for a person to look at.
+    """
     for partial in folder.glob(f"*{_PARTIAL}"):
-        shutil.rmtree(partial)
-    for checkpoint in _all(folder):
-        if step_of(checkpoint) > after:
+        _delete(partial)
+    for checkpoint in checkpoints_in(folder):
+        if step_of(checkpoint) > after and are_damaged:
+            aside = checkpoint.with_name(checkpoint.name + _DAMAGED)
+            if os.path.lexists(aside):
+                _delete(aside)
+            os.replace(checkpoint, aside)
+        elif step_of(checkpoint) > after:
             _remove(checkpoint)
 
 
-def _all(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the oldest first."""
-    return sorted((c for c in folder.glob("step-*") if c.name.removeprefix("step-").isdigit()), key=step_of)
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the oldest first. Local."""
+    return sorted((c for c in folder.glob("step-*") if re.fullmatch("step-[0-9]+", c.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -114,10 +132,14 @@ def step_of(checkpoint: Path) -> int:
 def _fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file is as it was written."""
     try:
-        state = read_state(checkpoint)
+        state = _read_state(checkpoint)
         if state.pop("sha256") != _digest(state):
             return f"{checkpoint / STATE} is damaged"
-        names = {file.name for file in checkpoint.iterdir()}
+        own = checkpoint_folder(checkpoint.parent, state["step"])[0].name
+        if checkpoint.name.startswith("step-") and checkpoint.name != own:
+            return f"{checkpoint} is misnamed, of its step it would be {own}"
+        # Hidden ones are other programs': NFS keeps there what was removed while it was open.
+        names = {file.name for file in checkpoint.iterdir() if not file.name.startswith(".")}
         if strangers := {name for name in names if name not in (STATE, *state["files"]) or not name.endswith(_KINDS)}:
             return f"{checkpoint / min(strangers)} does not belong to a checkpoint"
         for name, expected in state["files"].items():
@@ -137,7 +159,7 @@ def rotate(folder: Path, keep: int, ranked: list[int]) -> None:
 
     The best is that of the first of the `ranked` steps which has one, or else the one with the lowest loss.
     """
-    checkpoints = _all(folder)
+    checkpoints = checkpoints_in(folder)
     stored = {step_of(checkpoint): checkpoint for checkpoint in checkpoints}
     best = next((stored[step] for step in ranked if step in stored), None) or min(checkpoints, key=_loss)
     for checkpoint in checkpoints[:-keep]:
@@ -147,18 +169,27 @@ def rotate(folder: Path, keep: int, ranked: list[int]) -> None:
 
 def _loss(checkpoint: Path) -> float:
     try:
-        loss = read_state(checkpoint)["loss"]
-    except (OSError, ValueError, KeyError):
+        loss = _read_state(checkpoint)["loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         loss = None
-    return float("inf") if loss is None else loss
+    return loss if isinstance(loss, int | float) else float("inf")
 
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint, under a name that nobody takes for one while it goes."""
     partial = checkpoint.with_name(checkpoint.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # left by an earlier time, which the new name would fail over
+    if os.path.lexists(partial):  # left by an earlier time, which the new name would fail over
+        _delete(partial)
     os.replace(checkpoint, partial)
-    shutil.rmtree(partial)
+    _delete(partial)
+
+
+def _delete(folder: Path) -> None:
+    """Remove a folder, or of a link to one the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def put_in_place(partial: Path, target: Path) -> None:

@@ -44,6 +44,8 @@ def check_uri(uri: str) -> None:
         raise UserError(f"tracking.uri:{named} is no store that MLflow knows; use sqlite:///FILE or http://HOST:PORT")
     if scheme == "sqlite" and not uri.startswith(SQLITE):
         raise UserError(f"tracking.uri: {uri} names no file; write {SQLITE}FILE")
+    if scheme == "sqlite" and "?" in uri:
+        raise UserError(f"tracking.uri: {uri} holds a question mark, where SQLite's file would end for MLflow")
 
 
 def holds_secret(text: str) -> bool:

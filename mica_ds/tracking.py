@@ -1,8 +1,10 @@
 """The run's tracking: rank 0 writes it to the journal, and a process of its own sends that to MLflow."""
 
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,23 +30,33 @@ class Tracker:
     """
 
     def __init__(
-        self, folder: Path, settings: TrackingSettings, parameters: dict[str, Any], begins_anew: bool = False
+        self,
+        folder: Path,
+        settings: TrackingSettings,
+        parameters: dict[str, Any],
+        begins_anew: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the run of a folder, or another one where it `begins_anew`. Collective.
 
-        `parameters` may be nested. Raises: UserError where the store cannot exist, or another process writes to the
-        folder.
+        `parameters` may be nested; `check` is called on rank 0 once no other process writes to the folder. Raises:
+        UserError where the store cannot exist, or another process writes to the folder; what `check` raises.
         """
         self._folder, self._uri, self._is_warned = folder, resolve_uri(settings.uri), False
         hosts = comm.gather(socket.gethostname())
         with comm.failing_together():
             if comm.is_main():
-                self._open(settings, flatten(parameters), begins_anew, hosts)
+                self._open(settings, flatten(parameters), begins_anew, check, hosts)
         self.id: str = comm.gather(self._journal.run if comm.is_main() else None)[0]
         """Of the journal's run: what its children name as `tracking.parent`, before any store has the run."""
 
     def _open(
-        self, settings: TrackingSettings, parameters: dict[str, Any], begins_anew: bool, hosts: list[str]
+        self,
+        settings: TrackingSettings,
+        parameters: dict[str, Any],
+        begins_anew: bool,
+        check: Callable[[], None],
+        hosts: list[str],
     ) -> None:
         try:
             check_folder(self._uri)
@@ -56,6 +68,11 @@ class Tracker:
             self._journal = Journal(self._folder)
         except BlockingIOError:
             raise UserError(f"output_dir: {self._folder} belongs to a run that still goes on; choose another") from None
+        try:
+            check()
+        except BaseException:
+            self._journal.close()
+            raise
         if begins_anew or self._journal.run is None:
             self._journal.begin(name=self._folder.name, experiment=settings.experiment, parent=settings.parent)
         if not self._journal.params:
@@ -154,12 +171,13 @@ def _close(journal: Journal, sender: "subprocess.Popen[bytes] | None", folder: P
         comm.say(f"warning: tracking: {lost} lines found no room in {folder}: {what}")
     written = journal.lines - lost
     if not is_sent and (left := unsent(folder, uri)):
+        command = ["mica-ds", "sync", str(folder), *(["--uri", uri] if uri != journal.uri else [])]
         comm.say(
             f"warning: tracking: {left} of {written} lines are not sent to {uri} yet; "
-            f"`mica-ds sync {folder}` sends them"
+            f"`{shlex.join(command)}` sends them"
         )
 
 
 def pages_command(uri: str) -> str:
     """The command that opens MLflow's pages on a store."""
-    return f"mlflow server --backend-store-uri {uri}" if uri.startswith(SQLITE) else f"open {uri}"
+    return shlex.join(["mlflow", "server", "--backend-store-uri", uri] if uri.startswith(SQLITE) else ["open", uri])

@@ -15,9 +15,10 @@ from mica_ds.config import Config, load_config
 from mica_ds.errors import UserError
 from mica_ds.files import file_hash
 from mica_ds.record import discard_after, save_probe
-from mica_ds.resume import chosen_checkpoint, is_own, restarted
+from mica_ds.resume import chosen_checkpoint, is_complete, is_own, landmarks, restarted
 from mica_ds.scores import MEASURES
 from mica_ds.shelf import write_state
+from mica_ds.tracking import Tracker
 
 
 @pytest.fixture
@@ -62,6 +63,39 @@ def test_a_finished_run_without_checkpoints_is_not_taken_for_the_base_model(conf
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_run_is_complete_with_its_summary_and_export_alone(config: Config) -> None:
+    adapter, summary = config.output_dir / "adapter", config.output_dir / "summary.json"
+    adapter.mkdir(parents=True)
+    summary.write_text('{"steps": 4}')
+    assert not is_complete(config, 4)
+    (adapter / "adapter_model.safetensors").touch()
+    assert is_complete(config, 4)
+    for damaged in ('{"ste', "null"):
+        summary.write_text(damaged)
+        assert not is_complete(config, 4)
+
+
+@pytest.mark.usefixtures("alone")
+def test_another_run_in_the_folder_is_noticed(config: Config) -> None:
+    put(config, 4, [])
+    before, folder = landmarks(config.output_dir), config.output_dir
+
+    def check() -> None:
+        if landmarks(folder) != before:
+            raise UserError("another run")
+
+    with Tracker(folder, config.tracking, {}, check=check):
+        pass
+    journal = (folder / "journal.jsonl").read_bytes()
+    for change in (lambda: put(config, 6, []), lambda: (folder / "summary.json").touch()):
+        change()
+        with pytest.raises(UserError, match="another run"):
+            Tracker(folder, config.tracking, {}, check=check)
+        before = landmarks(folder)
+    assert (folder / "journal.jsonl").read_bytes() == journal
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_checkpoint_of_another_course_is_told_from_the_run_folders_own(config: Config, tmp_path: Path) -> None:
     own = put(config, 4, [])
     copy = Path(shutil.copytree(own, tmp_path / "copy"))
@@ -99,7 +133,7 @@ def test_what_a_job_was_told_holds_until_it_has_begun(
     monkeypatch.setenv("SLURM_JOB_ID", job)
     for step in range(checkpoints):
         put(config, step, [])
-    discard_after(checkpoints, config.output_dir)
+    discard_after(checkpoints, config)
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     if restarts:
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)

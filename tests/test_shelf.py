@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mica_ds.errors import UserError
-from mica_ds.shelf import check_origin, remove_checkpoints, rotate
+from mica_ds.shelf import check_origin, find_checkpoint, remove_checkpoints, rotate, write_state
 
 
 def put(folder: Path, step: int, loss: float | None = None) -> Path:
@@ -50,6 +50,43 @@ def test_a_start_removes_later_steps_and_leftovers(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000005", "step-000010"]
     remove_checkpoints(tmp_path, after=-1)
     assert names(tmp_path) == []
+
+
+def test_damaged_ones_are_kept_aside_and_of_a_link_the_link_alone_goes(tmp_path: Path) -> None:
+    for step in (5, 10):
+        put(tmp_path, step)
+    archive = tmp_path / "archive"
+    (tmp_path / "step-000010").rename(archive)
+    (tmp_path / "step-000010").symlink_to(archive)
+    (tmp_path / "step-000005.damaged").mkdir()
+    (tmp_path / "step-000005.partial").symlink_to(archive)
+    remove_checkpoints(tmp_path, after=5)
+    assert names(tmp_path) == ["archive", "step-000005", "step-000005.damaged"]
+    assert (archive / "state.json").exists()
+    remove_checkpoints(tmp_path, after=-1, are_damaged=True)
+    assert names(tmp_path) == ["archive", "step-000005.damaged"]
+    assert (tmp_path / "step-000005.damaged" / "state.json").exists()
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_is_hidden_in_a_checkpoint_is_no_fault_but_another_name_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_state(put(tmp_path, 5), {"step": 5, "files": {}})
+    (tmp_path / "step-000005" / ".nfs0000000000000001").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "step-000005"
+    (tmp_path / "step-000005").rename(tmp_path / "step-5")
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        find_checkpoint(tmp_path)
+    assert "step-5 is misnamed, of its step it would be step-000005\n" in capsys.readouterr().out
+
+
+def test_states_that_hold_something_else_are_not_the_best(tmp_path: Path) -> None:
+    (put(tmp_path, 5) / "state.json").write_text("null")
+    for step in (10, 15):
+        put(tmp_path, step, loss=float(step))
+    rotate(tmp_path, keep=1, ranked=[])
+    assert names(tmp_path) == ["step-000010", "step-000015"]
 
 
 def test_another_origin_is_named(tmp_path: Path) -> None:

@@ -606,6 +606,7 @@ def test_a_secret_in_a_damaged_file_is_not_repeated(tmp_path: Path) -> None:
         ("edda:Torvane1907@tracker", "no store that MLflow knows"),
         ("runs/mlflow.db", "runs/mlflow.db is no store that MLflow knows"),
         ("sqlite://", "names no file"),
+        ("sqlite:///what?/mlflow.db", "holds a question mark"),
         ("ftp://tracker", "ftp://tracker is no store that MLflow knows"),
         ("http://[::1", "no valid address"),
     ],
@@ -675,15 +676,22 @@ def test_what_cannot_be_sent_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_runs_that_end_together_share_a_new_store(tmp_path: Path) -> None:
+    """One is killed while it makes it."""
     store, runs = f"sqlite:///{tmp_path}/new/mlflow.db", list[Run]()
     for number in range(3):
         (folder := tmp_path / str(number)).mkdir()
         runs.append(Run(folder, store))
         write_journal(runs[-1].folder, runs[-1].experiment, store, "FINISHED")
+    killed = subprocess.Popen([sys.executable, "-m", "mica_ds", "sync", runs[0].folder], env=environment())
+    wait_until(lambda: any(file.stat().st_size for file in (tmp_path / "new").glob("mlflow.db.*.partial")), 60)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "new" / "mlflow.db").exists()
     with ThreadPoolExecutor() as pool:
         for synced in pool.map(Run.sync, runs):
             assert synced.codes == [0], synced.output
     assert [len(run.runs(store)) for run in runs] == [1, 1, 1]
+    assert not list((tmp_path / "new").glob("*.partial"))
 
 
 def write_journal(

@@ -219,7 +219,7 @@ def test_on_one_rank_from_the_last_good_checkpoint(reference: Run, other: Run) -
     assert f"warning: {damaged} is damaged" in finished.output
     assert other.seen() == {step: rows for step, rows in reference.seen().items() if step > 8}
     assert other.losses() == pytest.approx(reference.losses(), abs=1e-4)
-    assert other.checkpoints() == ["step-000007", "step-000019", "step-000020"]
+    assert other.checkpoints() == ["step-000007", "step-000009.damaged", "step-000019", "step-000020"]
     before, after = reference.summary(), other.summary()
     for key in ("knowledge_before", "retention_before", "basis_seconds", "basis_fingerprint", "steps"):
         assert after[key] == before[key]
@@ -292,8 +292,14 @@ def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
     other.take(reference, 8)
     refused = other.train(2, "data.global_batch=12")
     assert_refused(refused, "step-000008 was trained with data.global_batch=6, but now it is 12")
-    # Another model, by one element of a weight that has no adapter and no basis.
+    # Another model, by what its config.json computes, and by one element of a weight without adapter and basis.
     changed = shutil.copytree(load_config(other.config).model.path, other.folder.parent / "model")
+    about = changed / "config.json"
+    known = about.read_text()
+    about.write_text(json.dumps({**json.loads(known), "rms_norm_eps": 0.5}))
+    refused = other.train(2, f"model.path={changed}")
+    assert_refused(refused, "was trained with other contents of model.path, by its config.json; set that back")
+    about.write_text(json.dumps({**json.loads(known), "transformers_version": "5.0.0"}))
     weights = load_file(changed / "model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
