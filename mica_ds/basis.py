@@ -3,6 +3,7 @@
 Each owner writes a matrix's basis as soon as it is solved, so an interrupted run goes on where it stopped.
 """
 
+import functools
 import time
 import zlib
 from dataclasses import dataclass
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mica_ds import comm, exchange, schedule, solver
 from mica_ds.cache import (
     Wanted,
     await_record,
     basis_file,
+    digest,
     make_manifest,
     read_record,
     refuse_others,
@@ -44,11 +47,25 @@ class Basis:
     """Wall time of this call to `build_basis`, the check of the cache included."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """B (out, r) of a module, fp32: the last columns of a larger minor basis, the first of a principal one."""
-        with safe_open(basis_file(self.folder, name), framework="pt") as stored:
-            B_MR = stored.get_tensor(name)
+        """B (out, r) of a module, fp32: the last columns of a larger minor basis, the first of a principal one.
+
+        Raises: UserError where the file is not what was written.
+        """
+        file = basis_file(self.folder, name)
+        try:
+            B_MR = load_file(file)[name]
+        except (OSError, SafetensorError, KeyError):
+            B_MR = torch.empty(0)
+        if digest(B_MR) != self._digests[name]:
+            raise UserError(
+                f"{file} is damaged, or another job has replaced it; delete it, and the next run solves it again"
+            )
         is_principal = self.manifest["subspace"] == "principal"
         return (B_MR[:, : self.r] if is_principal else B_MR[:, -self.r :]).contiguous()
+
+    @functools.cached_property
+    def _digests(self) -> dict[str, str]:
+        return {record["name"]: record["digest"] for record in self.manifest["matrices"]}
 
     def costs(self) -> dict[str, float]:
         """Seconds, and which rank took the longest for the matrices that it owns (when they were solved). Local."""

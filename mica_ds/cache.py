@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -23,6 +24,7 @@ from mica_ds.shards import Matrix
 from mica_ds.solver import Solution
 
 _LOCKS = 64
+_DECISIVE = {"r", "subspace", "fingerprint", "digest"}  # of a record: whether its basis serves
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def write_basis(
         "factor": solution.factor,
         "unconverged": solution.unconverged,
         "fingerprint": fingerprint,
-        "digest": hashlib.sha256(solution.B_MR.numpy().tobytes()).hexdigest(),
+        "digest": digest(solution.B_MR),
         "subspace": wanted.label,
     }
     file = basis_file(folder, matrix.name)
@@ -96,6 +98,11 @@ def write_basis(
                 save_file({matrix.name: solution.B_MR}, partial, metadata={"record": json.dumps(record)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written: {error}") from None
+
+
+def digest(B_MR: torch.Tensor) -> str:
+    """The SHA-256 of a basis. Local."""
+    return hashlib.sha256(B_MR.numpy().tobytes()).hexdigest()
 
 
 def await_record(folder: Path, name: str, wanted: Wanted, limit: float = 90) -> dict[str, Any]:
@@ -119,9 +126,13 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         with safe_open(file, framework="pt") as stored:
-            return json.loads(stored.metadata()["record"])
-    except (SafetensorError, TypeError, KeyError, ValueError):
-        raise UserError(f"{file} is damaged; delete it, and the next run solves it again") from None
+            record = json.loads(stored.metadata()["record"])
+        if record.keys() >= _DECISIVE:
+            return record
+        reason = "lacks something of its record"
+    except (SafetensorError, TypeError, KeyError, ValueError, AttributeError):
+        reason = "is damaged"
+    raise UserError(f"{file} {reason}; delete it, and the next run solves it again")
 
 
 def make_manifest(records: list[dict[str, Any]], wanted: Wanted, seconds: float) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def make_manifest(records: list[dict[str, Any]], wanted: Wanted, seconds: float)
 
 def write_manifest(file: Path, manifest: dict[str, Any]) -> None:
     """Write it, unless the file says the same of the matrices already. Local. Raises: UserError."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads(file.read_text())["matrices"] == manifest["matrices"]:
             return
     try:

@@ -48,7 +48,7 @@ _BUFFERS = 4  # for weights, two moments and gradients: so many DeepSpeed (0.19.
 def machine(config: Config) -> dict[str, str]:
     """Device, driver, memory and compute mode."""
     memory = psutil.virtual_memory()
-    host = {"cores": str(len(os.sched_getaffinity(0))), "host memory": f"{memory.total / _GIB:.0f} GiB"}
+    host = {"cores": str(process.cores()), "host memory": f"{memory.total / _GIB:.0f} GiB"}
     if memory.available < _HOST_FREE * memory.total:
         raise UserError(f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.0f} GiB of host memory are free")
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mica_ds import comm
+from mica_ds import comm, process
 from mica_ds.arms import Run, StudySettings
 from mica_ds.errors import UserError
 from mica_ds.files import lock_at_once
@@ -162,5 +162,5 @@ def _place(study: StudySettings) -> dict[str, str]:
     place = {"MASTER_PORT": str(free_port())}
     if study.ranks is None:
         return place
-    threads = max(1, len(os.sched_getaffinity(0)) // (study.parallel * study.ranks))
+    threads = max(1, process.cores() // (study.parallel * study.ranks))
     return place | {"NUM_RANKS": str(study.ranks), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

@@ -78,7 +78,7 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
 def stored_buffers(model: PreTrainedModel, sources: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Where the buffers of a model lie, by their names. Local. Raises: UserError where the checkpoint lacks one."""
     return {
-        name: stored_tensor(name, sources, model.base_model_prefix, tuple(buffer.shape))
+        name: stored_tensor(name, sources, model.base_model_prefix, tuple(buffer.shape), buffer.is_floating_point())
         for name, buffer in persistent_buffers(model).items()
     }
 
@@ -135,6 +135,10 @@ def read_model_config(path: Path) -> Any:
     makes_its_own_loss = "loss_function" not in inspect.unwrap(kind.forward).__code__.co_names
     if makes_its_own_loss:
         raise UserError(f"model.path: {path} holds a {config.model_type} model, which is not trained by its next token")
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"model.path: {path} holds quantised weights, which are not supported: take the unquantised model"
+        )
     if getattr(config, "z_loss_coefficient", 0):  # Bamba's, of the whole logits
         raise UserError(f"model.path: {path}/config.json adds a z-loss; set its z_loss_coefficient to 0")
     return config

@@ -170,6 +170,19 @@ def load_deepspeed(is_quiet: bool) -> None:
         transformers.logging.disable_progress_bar()
 
 
+def cores() -> int:
+    """How many cores this process may keep busy: those it is bound to, or the quota of its control groups. Local."""
+    return min([len(os.sched_getaffinity(0)), *map(_quota, _control_groups())])
+
+
+def _quota(group: Path) -> int:
+    """The cores of time that a control group gets, at least 1; a large number without a limit."""
+    with suppress(OSError, ValueError):
+        share, period = map(int, (group / "cpu.max").read_text().split())
+        return max(1, share // period)
+    return sys.maxsize
+
+
 def own_cores() -> tuple[str, frozenset[int]]:
     """The host, and the cores that this process may use. Local."""
     return socket.gethostname(), frozenset(os.sched_getaffinity(0))
@@ -181,7 +194,7 @@ def share_cores(ranks: int) -> None:
     Ranks that their launcher has bound to cores of their own, and a thread count in OMP_NUM_THREADS, are left alone;
     but not torchrun's, which is 1 whatever the machine (accelerate's launcher is torchrun, too). Local.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    threads = max(1, cores() // ranks)
     if "OMP_NUM_THREADS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # accelerate would raise torch's threads again (1.15)
         torch.set_num_threads(threads)
@@ -190,14 +203,16 @@ def share_cores(ranks: int) -> None:
 
 def free_memory() -> int:
     """Bytes that are free on this host, or in the control groups that a job runs in, where that is less. Local."""
-    free: int | float = psutil.virtual_memory().available
-    with suppress(OSError, StopIteration):  # none of version 2
+    return int(min([psutil.virtual_memory().available, *map(_free_in, _control_groups())]))
+
+
+def _control_groups() -> list[Path]:
+    """The folders of this process's control group and those above it; none where they are not of version 2."""
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text().splitlines()
-        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
-        for group in (_CGROUP / own, *(_CGROUP / own).parents):
-            if group.is_relative_to(_CGROUP):
-                free = min(free, _free_in(group))
-    return int(free)
+        own = _CGROUP / next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        return [group for group in (own, *own.parents) if group.is_relative_to(_CGROUP)]
+    return []
 
 
 def _free_in(group: Path) -> int | float:

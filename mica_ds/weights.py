@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from mica_ds.errors import UserError
 
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -18,6 +20,8 @@ class StoredTensor:
     file: Path
     key: str
     shape: tuple[int, ...]
+    dtype: str
+    """As the format names it: F32, BF16, F16, …"""
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements start to stop of the flattened tensor, 1-D, as stored; reads only the rows that they touch. Local.
@@ -42,7 +46,7 @@ class Region:
 
     key: str
     dtype: str
-    """As the format names it: F32, BF16, F16, …"""
+    """As `StoredTensor` has it."""
     shape: tuple[int, ...]
     start: int
     stop: int
@@ -64,7 +68,8 @@ def read_layout(file: Path) -> list[Region]:
 def open_checkpoint(path: Path, files: list[Path] | None = None) -> dict[str, StoredTensor]:
     """The tensors of a transformers checkpoint (or of the given files) by name. Local.
 
-    Opening checks each file's length against its header. Raises: UserError where a file is missing or truncated.
+    Opening checks each file's length against its header. Raises: UserError where a file is missing or truncated, or
+    there is none with a tensor.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files or _checkpoint_files(path):
@@ -73,17 +78,22 @@ def open_checkpoint(path: Path, files: list[Path] | None = None) -> dict[str, St
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - not a dict
-                    tensors[key] = StoredTensor(file, key, tuple(opened.get_slice(key).get_shape()))
+                    stored = opened.get_slice(key)
+                    tensors[key] = StoredTensor(file, key, tuple(stored.get_shape()), stored.get_dtype())
         except (SafetensorError, OSError) as error:
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"model.path: {file} is truncated or damaged ({reason}); copy it again") from None
+    if not tensors:
+        raise UserError(f"model.path: the checkpoint in {path} holds no tensor; copy it again")
     return tensors
 
 
-def stored_tensor(name: str, tensors: dict[str, StoredTensor], prefix: str, shape: tuple[int, ...]) -> StoredTensor:
+def stored_tensor(
+    name: str, tensors: dict[str, StoredTensor], prefix: str, shape: tuple[int, ...], is_float: bool = True
+) -> StoredTensor:
     """The stored tensor of a parameter or buffer; checkpoints of the bare decoder lack the base model's prefix. Local.
 
-    Raises: UserError where the checkpoint lacks it or stores it in another shape.
+    Raises: UserError where the checkpoint lacks it, or stores it in another shape or as other numbers.
     """
     candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     found = next((tensors[key] for key in candidates if key in tensors), None)
@@ -95,6 +105,11 @@ def stored_tensor(name: str, tensors: dict[str, StoredTensor], prefix: str, shap
         )
     if found.shape != shape:
         raise UserError(f"{folder}: {name} has shape {found.shape}, but config.json asks for {shape}")
+    if is_float and found.dtype not in _FLOATS:
+        raise UserError(
+            f"model.path: {folder} stores {name} as {found.dtype}: quantised weights are not supported, take the model "
+            f"in one of {', '.join(_FLOATS)}"
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from mica_ds import comm
+from mica_ds import comm, process
 from mica_ds.documents import PDF, Part, split, stored_bytes
 from mica_ds.encoding import Encoded, encode
 from mica_ds.errors import UserError
@@ -50,7 +50,7 @@ def encode_files(
     if work < _LARGE:
         yield from ((batch.numbers, encode(batch.parts, tokenizer)) for batch in batches)
         return
-    workers = len(os.sched_getaffinity(0))
+    workers = process.cores()
     # Spawned: a fork would copy the locks of the threads that gloo, CUDA and tokenizers run here.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, (tokenizer,))
     try:

@@ -133,3 +133,13 @@ def test_nvme_beside_a_gpu_needs_the_toolkit(
             process.require_compiler(for_nvme=True)
     else:
         process.require_compiler(for_nvme=True)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 1), ("50000 100000", 1), ("max 100000", 64), ("", 64)])
+def test_a_quota_of_time_is_as_few_cores(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(process, "_control_groups", lambda: [tmp_path, tmp_path / "none"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert process.cores() == cores

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -416,18 +417,37 @@ def test_bases_of_another_base_are_refused(
     assert "holds bases of another base model (model.layers.1.mlp.up_proj differs)" in finished.output
 
 
-@pytest.mark.parametrize("damage", ["truncated", "foreign"])
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "changed"])
 def test_a_damaged_cache_is_refused_by_name(damage: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny_model("llama"))
     run_bases(1, config)
     file = tmp_path / "run" / "basis" / "model.layers.0.mlp.up_proj.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "foreign":
+        save_file({"weight": torch.zeros(2)}, file, metadata={"record": "[]"})
     else:
-        save_file({"weight": torch.zeros(2)}, file)
-    finished = start_ranks(2, ["basis", str(config)])
+        file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+    finished = start_ranks(2, ["train" if damage == "changed" else "basis", str(config)])
     assert finished.codes == [2, 2]
     assert f"{file} is damaged" in finished.output
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused_by_name(
+    dtype: torch.dtype, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = write_config(tmp_path, tmp_path / "model")
+    for verb in ("basis", "train"):
+        finished = start_ranks(1, [verb, str(config)])
+        assert finished.codes == [2]
+        assert f"error: model.path: {tmp_path}/model stores {name} as " in finished.output
+        assert "quantised weights are not supported" in finished.output
 
 
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.up_proj"])
