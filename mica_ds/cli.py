@@ -115,7 +115,10 @@ def study(
     file: Annotated[
         Path, typer.Argument(metavar="STUDY.yaml", help="Arms, learning rates, seeds; see configs/study/.")
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's: parallel=1"),
+    ] = None,
     results: Annotated[
         Path | None, typer.Option("--report", help="Only make table and plots, from these results: results.jsonl.")
     ] = None,

@@ -129,12 +129,15 @@ def solve(
     if factor and is_possible and (factor in ("gram", "eigh") or symmetric.on_host(W_MN)):
         first = factor
     unconverged: list[Factor] = []
+    known_KQ: torch.Tensor | None = None
     for attempt in [first, *_AFTER[first]]:
-        found = _attempt(T_KL if attempt in ("lu", "gram32") else T64_KL, T64_KL, r, attempt, gram_KK, is_left=m <= n)
-        if found:
+        A_KL = T_KL if attempt in ("lu", "gram32") else T64_KL
+        found = _attempt(A_KL, T64_KL, r, attempt, gram_KK, known_KQ, is_left=m <= n)
+        if isinstance(found, tuple):
             break
         unconverged.append(attempt)
-    assert found  # the last one does not fail
+        known_KQ = known_KQ if found is None else found
+    assert isinstance(found, tuple)  # the last one does not fail
     factored, minor = found
     if subspace == "principal":
         U_MR = _principal(T64_KL, r, is_wide=m <= n)
@@ -162,23 +165,36 @@ def finish(factored: Factored, Y_LQ: torch.Tensor, Z_KQ: torch.Tensor, r: int, i
 
 
 def _attempt(
-    T_KL: torch.Tensor, T64_KL: torch.Tensor, r: int, factor: Factor, gram_KK: torch.Tensor | None, is_left: bool
-) -> tuple[Factored, _Ritz] | None:
-    """The minor end by one factor, or None where that did not reach the tolerance; nothing of it is held then."""
+    T_KL: torch.Tensor,
+    T64_KL: torch.Tensor,
+    r: int,
+    factor: Factor,
+    gram_KK: torch.Tensor | None,
+    known_KQ: torch.Tensor | None,
+    is_left: bool,
+) -> tuple[Factored, _Ritz] | torch.Tensor | None:
+    """The minor end by one factor, and by what is known of another.
+
+    Where that did not reach the tolerance, the vectors that it came to, or None where there are none; the factor goes.
+    """
     try:
         factored = factorise(T_KL, r, factor, gram_KK)
-        minor, is_converged = _refine(T64_KL, factored, r, is_left)
+        minor, is_converged = _refine(T64_KL, factored, r, known_KQ, is_left)
     except symmetric.FAILURES:
         if factor == "eigh":
             raise
         return None
-    return (factored, minor) if is_converged else None
+    return (factored, minor) if is_converged else minor.X_KQ
 
 
-def _refine(T_KL: torch.Tensor, factored: Factored, r: int, is_left: bool, rounds: int = 8) -> tuple[_Ritz, bool]:
+def _refine(
+    T_KL: torch.Tensor, factored: Factored, r: int, known_KQ: torch.Tensor | None, is_left: bool, rounds: int = 8
+) -> tuple[_Ritz, bool]:
     """Rayleigh-Ritz through T, with corrections from the residual until it meets the tolerance."""
     X_KQ = factored.start_KQ
     k, width = X_KQ.shape
+    if known_KQ is not None:  # the best of both: a decomposition may be worse than what came near to the tolerance
+        X_KQ = torch.linalg.qr(torch.cat([X_KQ, known_KQ], dim=1)).Q
     most = min(2, max(1, k // 2 // width - 1)) * width  # two blocks; with a third at most half of the space
     Y_LQ, Z_KQ = multiply(T_KL, X_KQ)
     for left in reversed(range(rounds)):
