@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from mica_ds import comm, exchange, schedule, solver
 from mica_ds.cache import (
     Wanted,
     await_record,
     basis_file,
-    digest,
     make_manifest,
+    read_basis,
     read_record,
     refuse_others,
     write_basis,
@@ -49,23 +47,17 @@ class Basis:
     def __getitem__(self, name: str) -> torch.Tensor:
         """B (out, r) of a module, fp32: the last columns of a larger minor basis, the first of a principal one.
 
-        Raises: UserError where the file is not what was written.
+        Raises: UserError where the file is damaged, or another's.
         """
-        file = basis_file(self.folder, name)
-        try:
-            B_MR = load_file(file)[name]
-        except (OSError, SafetensorError, KeyError):
-            B_MR = torch.empty(0)
-        if digest(B_MR) != self._digests[name]:
-            raise UserError(
-                f"{file} is damaged, or another job has replaced it; delete it, and the next run solves it again"
-            )
+        record, B_MR = read_basis(self.folder, name)
+        if record["fingerprint"] != self._fingerprints[name] or record["subspace"] != self.manifest["subspace"]:
+            raise UserError(f"{basis_file(self.folder, name)} is of another job, which has replaced it; start again")
         is_principal = self.manifest["subspace"] == "principal"
         return (B_MR[:, : self.r] if is_principal else B_MR[:, -self.r :]).contiguous()
 
     @functools.cached_property
-    def _digests(self) -> dict[str, str]:
-        return {record["name"]: record["digest"] for record in self.manifest["matrices"]}
+    def _fingerprints(self) -> dict[str, str]:
+        return {record["name"]: record["fingerprint"] for record in self.manifest["matrices"]}
 
     def costs(self) -> dict[str, float]:
         """Seconds, and which rank took the longest for the matrices that it owns (when they were solved). Local."""

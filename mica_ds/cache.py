@@ -122,17 +122,25 @@ def await_record(folder: Path, name: str, wanted: Wanted, limit: float = 90) -> 
 def read_record(folder: Path, name: str) -> dict[str, Any] | None:
     """What is known of a cached basis; None where there is none. Local. Raises: UserError where it is damaged."""
     file = basis_file(folder, name)
-    if not file.is_file():
-        return None
+    return _read(file)[0] if file.is_file() else None
+
+
+def read_basis(folder: Path, name: str) -> tuple[dict[str, Any], torch.Tensor]:
+    """The same of one that must be there, and the basis (out, r), fp32, compared with its digest. Local."""
+    return _read(basis_file(folder, name), name)
+
+
+def _read(file: Path, name: str | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+    """The record, and the basis of this name, or an empty tensor."""
     try:
         with safe_open(file, framework="pt") as stored:
             record = json.loads(stored.metadata()["record"])
-        if record.keys() >= _DECISIVE:
-            return record
-        reason = "lacks something of its record"
-    except (SafetensorError, TypeError, KeyError, ValueError, AttributeError):
-        reason = "is damaged"
-    raise UserError(f"{file} {reason}; delete it, and the next run solves it again")
+            B_MR = stored.get_tensor(name) if name else torch.empty(0)
+        if record.keys() >= _DECISIVE and (name is None or digest(B_MR) == record["digest"]):
+            return record, B_MR
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError):
+        pass
+    raise UserError(f"{file} is damaged; delete it, and the next run solves it again")
 
 
 def make_manifest(records: list[dict[str, Any]], wanted: Wanted, seconds: float) -> dict[str, Any]:

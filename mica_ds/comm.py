@@ -238,7 +238,7 @@ def at_abort(act: Callable[[int], None]) -> None:
 def _is_speaker(error: UserError) -> bool:
     """Rank 0 prints an error of all ranks; before the ranks have met, the first one of each node prints its own."""
     if not dist.is_initialized():
-        return os.environ["LOCAL_RANK"] == "0"
+        return os.environ["LOCAL_RANK"] == "0" or not os.environ["LOCAL_RANK"].isdecimal()
     return is_main() or not error.agreed
 
 

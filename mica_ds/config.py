@@ -159,7 +159,7 @@ class Config(Section):
     capacity: Literal["refuse", "warn"] = "refuse"
     """What `train` does where its plan says that the run does not fit these machines."""
     patience: float = Field(default=PATIENCE, ge=5, allow_inf_nan=False)
-    """Seconds after a rank's last sign of life (it was stopped, or its host lost) in which the others end."""
+    """Seconds after a rank's last sign of life (stopped, or its host lost) in which the others end; at least 5."""
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

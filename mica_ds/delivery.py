@@ -12,7 +12,7 @@ from itertools import groupby, islice, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mica_ds.files import locked, remove_abandoned, replace_text, replacing
+from mica_ds.files import locked, partial, remove_abandoned, replace_text
 from mica_ds.journal import Line, Reader
 from mica_ds.stores import SQLITE, database_file
 
@@ -103,9 +103,7 @@ class Delivery:
 
         with _alone(self._uri) as database:
             if database and not database.exists():
-                remove_abandoned(database.parent)
-                with replacing(database, is_shared=True) as unfinished:  # a half-made one would stay useless
-                    mlflow.MlflowClient(tracking_uri=f"{SQLITE}{unfinished}")
+                _make(database)
             client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._receipt["run"] and not _is_active(client, self._receipt["run"]):
             self._receipt = dict(_NOTHING)  # deleted, or another store than before at the same address: all over again
@@ -243,6 +241,20 @@ def _is_active(client: "MlflowClient", run: str) -> bool:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return False
+
+
+def _make(database: Path) -> None:
+    """Make a SQLite store, whole or not at all: a half-made one would stay useless. Local."""
+    import mlflow
+
+    remove_abandoned(database.parent)
+    unfinished = partial(database)
+    try:
+        mlflow.MlflowClient(tracking_uri=f"{SQLITE}{unfinished}")
+        with suppress(OSError):  # another was faster, or the file system has no links: then it is made in its place
+            os.link(unfinished, database)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

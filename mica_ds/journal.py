@@ -106,7 +106,7 @@ class Journal:
         self.run: str | None = None
         """Id of the run that the last lines are of."""
         self.uri: str | None = None
-        """Of the store that the run's last start has named."""
+        """Of the store that the last start has named; None before the first."""
         self.params: dict[str, Any] = {}
         self.status: str | None = "none yet"
         """How the last attempt has ended; None while it goes on."""

@@ -61,7 +61,9 @@ def load_model(settings: ModelSettings, weights: list[Path] | None = None) -> Pr
             name: stored_tensor(name, sources, model.base_model_prefix, full_shape(parameter))
             for name, parameter in parameters.items()
         }
-        buffers = stored_buffers(model, sources)
+        # An earlier version's checkpoints of a full fine-tuning have none; they are the base's.
+        has_buffers = persistent_buffers(model).keys() <= sources.keys() or not weights
+        buffers = stored_buffers(model, sources if has_buffers else open_checkpoint(settings.path))
     not_finite: list[str] = []
     for name, tensor in stored.items():
         fill_partition(parameters[name], functools.partial(_read_finite, tensor, name, not_finite))

@@ -35,7 +35,9 @@ def find_ranks() -> None:
     }
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_PROCID"):
         os.environ.update({ours: os.environ[theirs] for ours, theirs in slurm.items()})
-        os.environ["LOCAL_SIZE"] = re.split("[(,]", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))[0]  # of 8(x2)
+        groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ["SLURM_STEP_TASKS_PER_NODE"])  # 8(x2),4
+        sizes = [size for size, times in groups for _ in range(int(times or 1))]
+        os.environ["LOCAL_SIZE"] = sizes[int(os.environ["SLURM_NODEID"])]
     is_mpi = "RANK" not in os.environ and os.environ.get("OMPI_COMM_WORLD_SIZE", "1") != "1"
     for key, value in alone.items():
         os.environ.setdefault(key, value)
@@ -118,10 +120,10 @@ def _lists_gpus() -> bool:
 def require_own_gpu() -> None:
     """Raise a UserError where a node has more ranks than this one sees GPUs. Local, alike on all ranks of the node.
 
-    Each takes the GPU of its local rank, as DeepSpeed does.
+    Each takes the GPU of its local rank, as DeepSpeed does. Nothing where the launcher does not say how many there are.
     """
     told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's, or DeepSpeed's and srun's
-    ranks, gpus = int(told or int(os.environ["LOCAL_RANK"]) + 1), torch.cuda.device_count()
+    ranks, gpus = int(told or 1), torch.cuda.device_count()
     if ranks > gpus:
         raise UserError(
             f"{ranks} ranks on {socket.gethostname()}, but each sees {gpus} of its GPUs: start one rank a GPU, and let "

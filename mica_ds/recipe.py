@@ -77,7 +77,7 @@ def train(config: Config) -> None:
     evaluator = Evaluator(config.evaluate, tokenizer, config.data.sequence_length)
     about_data = examine_data(config, dataset)
     steps, origin = total_steps(args, dataset, config.data.global_batch), made_of(config, args, dataset, evaluator)
-    there = landmarks(folder)
+    there = landmarks(folder) if comm.is_main() else {}
     checkpoint, step, is_over = start_point(config, origin, steps)
     past = step if is_own(checkpoint, config) else -1
     if is_over and past == step and is_complete(config, step):

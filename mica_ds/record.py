@@ -1,6 +1,7 @@
 """What a run leaves in its folder and in MLflow: settings when it begins; plots, report and summary at its end."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mica_ds.basis import Basis
 from mica_ds.checkpoint import read_history
 from mica_ds.config import Config
 from mica_ds.errors import UserError
-from mica_ds.files import partial, replace_text, replacing
+from mica_ds.files import replace_text, replacing
 from mica_ds.overlap import counts, write_report
 from mica_ds.page import write_page
 from mica_ds.report import SUMMARY, write_summary
@@ -33,7 +34,7 @@ def open_run_folder(config: Config) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             for inner in (folder, folder / "checkpoints"):
                 if os.path.lexists(inner):
-                    probe = partial(inner / ".probe")
+                    probe = inner / f".probe-{socket.gethostname()}-{os.getpid()}"
                     probe.touch()
                     probe.unlink()
         except OSError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mica_ds.model import persistent_buffers
 from mica_ds.report import SUMMARY
 from mica_ds.scores import MEASURES, Scores
 from mica_ds.shelf import (
+    ARCHITECTURE,
     STATE,
     check_origin,
     checkpoint_folder,
@@ -37,7 +39,16 @@ from mica_ds.shelf import (
 
 _JOB = "slurm-job"  # holds the number of the SLURM job that has begun a run
 _SCORED = "evaluate (SHA-256 of its questions and text)"
-_UNRELATED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+_UNRELATED = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
 
 
 def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluator: Evaluator) -> dict[str, Any]:
@@ -50,15 +61,18 @@ def made_of(config: Config, args: TrainingArguments, dataset: Sequences, evaluat
         "train.data_seed": args.data_seed,
         "data (SHA-256 of its tokens)": dataset.digest(),
         _SCORED: evaluator.digest,  # scores before and after are of the same
-        "model.path (SHA-256 of its config.json)": _architecture(config),
+        ARCHITECTURE: _architecture(config),
     }
 
 
 def _architecture(config: Config) -> str:
     """The SHA-256 of what a model's config.json says of its forward."""
-    found = json.loads((config.model.path / "config.json").read_text())
-    about = {key: value for key, value in found.items() if key not in _UNRELATED}
+    about = json.loads((config.model.path / "config.json").read_text(), object_hook=_without_unrelated)
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _without_unrelated(section: dict[str, Any]) -> dict[str, Any]:
+    return {k: value for k, value in section.items() if k not in _UNRELATED and not k.endswith("_token_id")}
 
 
 def checked_weights(config: Config, model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def restarted(config: Config) -> Config:
     """
     number, file = os.environ.get("SLURM_JOB_ID"), config.output_dir / _JOB
     has_begun = "SLURM_RESTART_COUNT" in os.environ and file.is_file() and file.read_text() == number
-    is_past = config.resume == "never" or any((config.output_dir / "checkpoints").glob("step-*"))
+    is_past = config.resume == "never" or bool(checkpoints_in(config.output_dir / "checkpoints"))
     is_over = comm.gather(has_begun and is_past)[0]  # a file that is new comes late to other nodes
     return config.model_copy(update={"resume": "auto"}) if is_over else config
 
@@ -116,15 +130,19 @@ def start_point(config: Config, origin: dict[str, Any], steps: int) -> tuple[Pat
     if not is_over:
         comm.say(f"resume: {checkpoint}, {steps - step} steps to go")
     elif step > steps:
-        comm.say(f"warning: resume: {checkpoint} has more than the {steps} steps that are asked for, and is the end")
+        comm.say(
+            f"warning: resume: {checkpoint} has more than the {steps} steps asked for already; nothing is left to train"
+        )
     return checkpoint, step, is_over
 
 
-def landmarks(folder: Path) -> list[Any]:
-    """What tells whether another run has worked in a run folder between two looks. Local, on one rank."""
-    summary = folder / SUMMARY
-    names = [checkpoint.name for checkpoint in checkpoints_in(folder / "checkpoints")]
-    return [names, summary.stat().st_mtime_ns if summary.exists() else None]
+def landmarks(folder: Path) -> dict[Path, int]:
+    """What tells whether another run has worked in a run folder between two looks. Local, on rank 0."""
+    found: dict[Path, int] = {}
+    for file in (folder / SUMMARY, *(checkpoint / STATE for checkpoint in checkpoints_in(folder / "checkpoints"))):
+        with suppress(OSError):  # there is none
+            found[file] = file.stat().st_mtime_ns
+    return found
 
 
 def exported_checkpoint(config: Config, last: Path, history: list[dict[str, float]]) -> Path:
@@ -226,7 +244,7 @@ def frozen_tensors(
     if not comm.is_main():
         return {}
     if config.adapter.method == "full":
-        return {name: buffer.cpu() for name, buffer in persistent_buffers(model).items()}
+        return {name: buffer.detach().cpu().contiguous().clone() for name, buffer in persistent_buffers(model).items()}
     if basis is None:
         return {}
     return read_frozen(checkpoint) if checkpoint else frozen_factors(modules, basis)

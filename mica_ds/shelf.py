@@ -17,6 +17,7 @@ from mica_ds.errors import UserError
 from mica_ds.files import file_hash, sync
 
 STATE = "state.json"
+ARCHITECTURE = "model.path (SHA-256 of its config.json)"
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
 _KINDS = (".safetensors", ".json")  # of a checkpoint's files: transformers would unpickle some others
 
@@ -89,17 +90,17 @@ def _first_whole(checkpoints: list[Path], instead: str) -> Path | None:
 def check_origin(checkpoint: Path, origin: dict[str, Any]) -> None:
     """Refuse a checkpoint that was made with other settings or weights than these, by their keys. Local.
 
-    A key is left out that an earlier version did not note. Raises: UserError.
+    Raises: UserError.
     """
     found = read_state(checkpoint)["origin"]
     for key, value in origin.items():
-        if found.get(key, value) == value:
+        if found.get(key) == value or (key == ARCHITECTURE and key not in found):  # of an earlier version
             continue
         name, is_digest, of = key.partition(" (SHA-256 of ")
-        differs = f"{key}={found[key]}, but now it is {value}"
+        differs = f"was trained with {key}={found.get(key)}, but now it is {value}"
         if is_digest:
-            differs = f"other contents of {name}, by {of.removesuffix(')')}"
-        raise UserError(f"{checkpoint} was trained with {differs}; set that back, or train afresh with resume=never")
+            differs = f"was trained with something else as {name}, to go by {of.removesuffix(')')}"
+        raise UserError(f"{checkpoint} {differs}: set it back, or train afresh with resume=never")
 
 
 def remove_checkpoints(folder: Path, after: int, are_damaged: bool = False) -> None:
@@ -107,7 +108,7 @@ def remove_checkpoints(folder: Path, after: int, are_damaged: bool = False) -> N
 
     Those that `are_damaged` are kept under another name, for a person to look at.
     """
-    for partial in folder.glob(f"*{_PARTIAL}"):
+    for partial in folder.glob(f"step-*{_PARTIAL}"):
         _delete(partial)
     for checkpoint in checkpoints_in(folder):
         if step_of(checkpoint) > after and are_damaged:

@@ -47,7 +47,7 @@ run() {
   # 75: stopped by a signal, with a checkpoint. After any failure the nodes are asked: the ranks see that one is lost
   # before SLURM does, which would requeue the job, were it not over by then.
   case $code in
-    0 | 2) ;; # done, or a mistake that another start would find again
+    0) ;;
     75) scontrol requeue "$job" ;;
     *) nodes_answer || scontrol requeue "$job" ;;
   esac

@@ -78,7 +78,7 @@ def test_as_many_ranks_as_were_asked_for(variables: dict[str, str], ranks: int, 
 
 @pytest.mark.parametrize(
     ("code", "lost", "is_requeued"),
-    [(0, 0, False), (2, 1, False), (75, 0, True), (1, 0, False), (137, 1, True)],
+    [(0, 0, False), (2, 0, False), (75, 0, True), (1, 0, False), (137, 1, True)],
 )
 def test_a_job_is_requeued_after_a_signal_or_the_loss_of_a_node(
     code: int, lost: int, is_requeued: bool, tmp_path: Path

@@ -51,7 +51,11 @@ def test_a_rank_of_slurms_is_known_by_its_variables(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, "")  # so that they are restored
         monkeypatch.delenv(name)
     given = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "16"}
-    given |= {"SLURM_NTASKS": "64", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}  # the first is the job's
+    given |= {
+        "SLURM_NTASKS": "64",
+        "SLURM_STEP_TASKS_PER_NODE": "4,8(x2)",
+        "SLURM_NODEID": "1",
+    }  # the first is the job's
     for name, value in {**given, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     process.find_ranks()

@@ -46,10 +46,11 @@ def test_a_start_removes_later_steps_and_leftovers(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         put(tmp_path, step)
     (tmp_path / "step-000020.partial").mkdir()
+    (tmp_path / ".probe-host-7").touch()
     remove_checkpoints(tmp_path, after=10)
-    assert names(tmp_path) == ["step-000005", "step-000010"]
+    assert names(tmp_path) == [".probe-host-7", "step-000005", "step-000010"]
     remove_checkpoints(tmp_path, after=-1)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == [".probe-host-7"]
 
 
 def test_damaged_ones_are_kept_aside_and_of_a_link_the_link_alone_goes(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_documents_of_every_kind(tiny_config: Callable[..., Path], tmp_path: Pat
     assert f"warning: left out: {corpus}/new.pdf is damaged" in broken.output
     (corpus / "b.md").write_text("Another text.")
     refused = train(1, config, "data.broken=skip")
-    assert_refused(refused, "step-000002 was trained with other contents of data, by its tokens; set that back")
+    assert_refused(refused, "step-000002 was trained with something else as data, to go by its tokens: set it back")
 
 
 @pytest.mark.slow

@@ -298,7 +298,7 @@ def test_other_settings_are_refused_by_name(reference: Run, other: Run) -> None:
     known = about.read_text()
     about.write_text(json.dumps({**json.loads(known), "rms_norm_eps": 0.5}))
     refused = other.train(2, f"model.path={changed}")
-    assert_refused(refused, "was trained with other contents of model.path, by its config.json; set that back")
+    assert_refused(refused, "was trained with something else as model.path, to go by its config.json: set it back")
     about.write_text(json.dumps({**json.loads(known), "transformers_version": "5.0.0"}))
     weights = load_file(changed / "model.safetensors")
     weights["model.norm.weight"][0] += 1
