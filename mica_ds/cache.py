@@ -138,7 +138,9 @@ def _read(file: Path, name: str | None = None) -> tuple[dict[str, Any], torch.Te
             B_MR = stored.get_tensor(name) if name else torch.empty(0)
         if record.keys() >= _DECISIVE and (name is None or digest(B_MR) == record["digest"]):
             return record, B_MR
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError):
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, TypeError, KeyError, ValueError, AttributeError):
         pass
     raise UserError(f"{file} is damaged; delete it, and the next run solves it again")
 
